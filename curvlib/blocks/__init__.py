@@ -1,0 +1,36 @@
+"""Block structures, and the named partitions of the literature."""
+
+from __future__ import annotations
+
+from ..layout import Layout
+from ..recipe import Recipe
+from .base import Block, Spec, State
+from .diagonal import DiagonalBlock
+from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
+from .standard import StandardBlock
+
+__all__ = [
+    "BLOCKED_KRONECKER",
+    "DIAGONAL",
+    "FULL_LAYER",
+    "KERNELS",
+    "KRONECKER",
+    "MODES",
+    "PER_INPUT",
+    "PER_OUTPUT",
+    "Block",
+    "DiagonalBlock",
+    "Spec",
+    "StandardBlock",
+    "State",
+    "block_for",
+]
+
+
+def block_for(layout: Layout, recipe: Recipe) -> Block | None:
+    """The structure that a recipe means for an operand; ``None`` where the exponent is 0 and nothing is needed."""
+    if recipe.root.exponent == 0:
+        return None
+    if recipe.block is not None:
+        return recipe.block(layout, recipe)
+    return (DiagonalBlock if layout.elementwise else StandardBlock)(layout, recipe)

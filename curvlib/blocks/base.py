@@ -1,0 +1,112 @@
+"""The contract of a block structure: what the engine asks of anything that holds curvature.
+
+A structure is written for a *batch* of operands of one shape. It holds no tensors of its own: the engine keeps the state
+that :meth:`Block.spec` registers by name, saves and restores it, and hands it to every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from ..moments import Weight
+from ..recipe import Recipe
+from ..roots import RootJob
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One piece of state, for one operand.
+
+    Args:
+        shape: its shape; the engine stores ``[n, *shape]`` for n operands.
+        role: what :meth:`CurvatureOptimizer.memory` counts it as: ``"statistics"``, ``"roots"``, …
+        dtype: ``None`` is the dtype of the statistics.
+        fill: the initial value.
+        identity: start as identity matrices instead.
+    """
+
+    shape: tuple[int, ...]
+    role: str = "statistics"
+    dtype: torch.dtype | None = None
+    fill: float = 0.0
+    identity: bool = False
+
+    def create(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The initial state of n operands."""
+        full = (n, *self.shape)
+        if self.identity:
+            return torch.eye(self.shape[-1], dtype=self.dtype or dtype, device=device).expand(full).clone()
+        return torch.full(full, self.fill, dtype=self.dtype or dtype, device=device)
+
+
+class Block:
+    """A curvature structure over a batch of n operands ``[n, *layout.shape]``.
+
+    Args:
+        layout: the partition, exact for the operand's axes. A structure that is more than a partition may read only
+            ``layout.shape`` and ``layout.sizes``.
+        recipe: the recipe, for what decides the structure; numbers are handed to each call anew.
+
+    Attributes:
+        elementwise: operands, directions and state are lists of tensors, one an operand, instead of packed batches.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        self.layout = layout
+
+    def spec(self) -> dict[str, Spec]:
+        """The state of one operand, by name."""
+        raise _missing(self, "spec")
+
+    def update(self, state: State, operand: Any, keep: Weight, gain: Weight) -> None:
+        """Average a new second moment in, F <- keep F + gain S, in place.
+
+        Args:
+            state: name -> ``[n, *shape]``.
+            operand: the gradients, ``[n, *layout.shape]``.
+            keep: weight of the old value, a number or a 0-d tensor.
+            gain: weight of the new one.
+        """
+        raise _missing(self, "update")
+
+    def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
+        """What must be solved at a refresh, for all operands; the engine solves equal sizes of all blocks together.
+
+        A structure that keeps its root in another way does so here, in place, and returns nothing.
+
+        Args:
+            state: name -> ``[n, *shape]``.
+            recipe: the numbers of this step.
+            scale: what the stored average is multiplied by (its debiasing).
+        """
+        return ()
+
+    def apply(self, state: State, operand: Any, recipe: Recipe, exponent: float, scale: float) -> Any:
+        """curvature^(-exponent) times the operand, ``[n, *layout.shape]``.
+
+        Args:
+            state: name -> ``[n, *shape]``.
+            operand: what to precondition.
+            recipe: the numbers of this step.
+            exponent: the power; -1 multiplies by the (undamped) curvature itself.
+            scale: what the stored average is multiplied by.
+        """
+        raise _missing(self, "apply")
+
+    def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
+        """The undamped curvature, ``[n, numel, numel]`` in the operand's row-major order."""
+        raise _missing(self, "dense")
+
+
+def _missing(block: Block, method: str) -> TypeError:
+    return TypeError(f"{type(block).__name__} must define {method}(); a Block defines spec, update, apply and dense")

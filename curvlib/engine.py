@@ -1,0 +1,333 @@
+"""The engine: one step of any routing table, batched.
+
+    gradients ─ moment ─> factors          accumulated in place, on the schedule
+    factors ─ root ─> roots                all equal sizes of all parameters in one solve, on the schedule
+    gradients ─ blocks ─ mode products ─> directions ─ rule ─> parameters
+
+Parameters of one structure form a *bucket*; those of them that take this step with the same numbers form a *cohort*.
+Usually a cohort is its whole bucket and works in place; otherwise its rows are gathered, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import roots, rules
+from .moments import Weight
+from .recipe import Clip, Recipe, number, period
+from .roots import RootJob
+from .rules import Tensors, gated
+from .storage import Bucket
+from .units import Unit
+
+Group = Mapping[str, Any]
+
+
+@dataclass
+class Piece:
+    """A direction on its way into a parameter, with its gradient; both have the dimensions of ``parameter``."""
+
+    parameter: Tensor
+    direction: Tensor
+    gradient: Tensor
+    group: int
+
+
+@dataclass
+class Cohort:
+    """Units of a bucket that share recipe, step and number of updates, so that one call serves them all.
+
+    Attributes:
+        bucket: where they live.
+        rows: their rows; all of them for a whole bucket.
+        recipe: with this step's numbers.
+        step: steps taken so far.
+        updates: statistics averaged so far.
+    """
+
+    bucket: Bucket
+    rows: list[int]
+    recipe: Recipe
+    step: int
+    updates: int
+    state: dict[str, Any] = field(init=False)
+    gradient: Tensors = field(init=False)
+    reference: Tensors = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.units = [self.bucket.units[row] for row in self.rows]
+        self.whole = len(self.rows) == len(self.bucket.units)
+        if self.whole:
+            self.state = self.bucket.state
+            return
+        self.index = torch.tensor(self.rows, device=self.bucket.structure.device)
+        self.state = {name: self._gather(value) for name, value in self.bucket.state.items()}
+
+    def _gather(self, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value.index_select(0, self.index)
+        if self.bucket.packed:
+            return [one.index_select(0, self.index) for one in value]
+        return [value[row] for row in self.rows]
+
+    def settle(self) -> None:
+        """Put gathered rows back."""
+        if self.whole or not self.bucket.packed:
+            return
+        for name, value in self.bucket.state.items():
+            pairs = (
+                zip(value, self.state[name], strict=True) if isinstance(value, list) else [(value, self.state[name])]
+            )
+            for whole, part in pairs:
+                whole.index_copy_(0, self.index, part)
+
+    def listen(self, groups: Sequence[Group], gate: Tensor | None) -> None:
+        """Take in the gradients, average the momentum before preconditioning, and the statistics if they are due."""
+        self.gradient = self.gradients(groups, gate)
+        momentum = self.recipe.rule.momentum
+        self.reference = self.gradient
+        if momentum is not None and not momentum.after:
+            self.reference = rules.apply_momentum(self.state["momentum"], self.gradient, momentum, self.step, gate)
+        if self.bucket.block is not None and self.recipe.schedule.takes_statistics(self.step):
+            keep, gain = self.recipe.moment.weights(self.updates)
+            source = self.reference if self.recipe.moment.of == "momentum" else self.gradient
+            self.update(source, gated(keep, 1.0, gate), gated(gain, 0.0, gate))
+
+    def update(self, source: Tensors, keep: Weight, gain: Weight) -> None:
+        """Average a second moment in."""
+        assert self.bucket.block is not None
+        self.bucket.block.update(self.state, source[0] if self.bucket.packed else source, keep, gain)
+        self.updates += 1
+
+    def gradients(self, groups: Sequence[Group], gate: Tensor | None) -> Tensors:
+        """The gradients of the mean loss: one packed batch, or a tensor for every parameter."""
+        return self._packed(groups, gate) if self.bucket.packed else self._separate(groups, gate)
+
+    def _separate(self, groups: Sequence[Group], gate: Tensor | None) -> list[Tensor]:
+        """The gradients as they lie, copied only where something is to be done to them."""
+        parameters = [unit.lead for unit in self.units]
+        gradients = [_as(parameter.grad, self.bucket.structure.dtype) for parameter in parameters]
+        members: dict[int, list[int]] = defaultdict(list)
+        for place, unit in enumerate(self.units):
+            members[unit.groups[0]].append(place)
+        for group, places in members.items():
+            mine = [gradients[place] for place in places]
+            mine = self._prepared(mine, [parameters[place] for place in places], groups[group], gate)
+            for place, gradient in zip(places, mine, strict=True):
+                gradients[place] = gradient
+        return gradients
+
+    def _packed(self, groups: Sequence[Group], gate: Tensor | None) -> list[Tensor]:
+        """The gradients copied into one batch; what has none counts as zero."""
+        assert self.bucket.workspace is not None
+        batch = self.bucket.workspace if self.whole else self.bucket.workspace[: len(self.rows)]
+        members: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+        for unit, one in zip(self.units, batch, strict=True):
+            windows = unit.operand.windows(one)
+            for parameter, window, group in zip(unit.operand.parameters, windows, unit.groups, strict=True):
+                if parameter.grad is None:
+                    window.zero_()
+                else:
+                    gradient = _as(parameter.grad, window.dtype).view(window.shape)
+                    members[group].append((window, gradient, parameter.detach().view(window.shape)))
+        for group, entries in members.items():
+            places, gradients, parameters = (list(column) for column in zip(*entries, strict=True))
+            torch._foreach_copy_(places, self._prepared(gradients, parameters, groups[group], gate))
+        return [batch]
+
+    def _prepared(
+        self, gradients: Tensors, parameters: list[Tensor], group: Group, gate: Tensor | None
+    ) -> list[Tensor]:
+        """The gradient of the mean loss to be minimised, with L2 decay where the rule says so; never in place."""
+        if gate is not None:
+            gradients = [torch.where(gate.to(one.device), one, 0.0) for one in gradients]
+        factor = (-1.0 if group["maximize"] else 1.0) / group["reduction_factor"]
+        if factor != 1.0:
+            gradients = torch._foreach_mul(gradients, factor)
+        if self.recipe.rule.decay == "l2" and group["weight_decay"] != 0:
+            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+        return list(gradients)
+
+    def root_jobs(self) -> Iterable[RootJob]:
+        """What a refresh has to solve."""
+        if self.bucket.block is None:
+            return ()
+        return self.bucket.block.roots(self.state, self.recipe, self.scale)
+
+    @property
+    def scale(self) -> float:
+        """What the stored average is multiplied by."""
+        return self.recipe.moment.scale(self.updates)
+
+    def direct(self, gate: Tensor | None) -> Tensors:
+        """The directions: precondition, graft, average."""
+        block, rule, packed = self.bucket.block, self.recipe.rule, self.bucket.packed
+        direction = self.reference
+        if block is not None:
+            operand = self.reference[0] if packed else self.reference
+            exponent = float(self.recipe.root.exponent)
+            applied = block.apply(self.state, operand, self.recipe, exponent, self.scale)
+            direction = [applied] if packed else applied
+        if rule.grafting is not None:
+            second = self.state.get("grafting")
+            direction = rules.graft(
+                direction, self.reference, self.gradient, second, rule.grafting, self.step, packed, gate
+            )
+        if rule.momentum is not None and rule.momentum.after:
+            direction = rules.apply_momentum(self.state["momentum"], direction, rule.momentum, self.step, gate)
+        return direction
+
+    def pieces(self, direction: Tensors) -> Iterable[Piece]:
+        """Directions, parameter by parameter, for those that have a gradient."""
+        for place, unit in enumerate(self.units):
+            if self.bucket.packed:
+                windows = unit.operand.windows(direction[0][place])
+                gradients = unit.operand.windows(self.gradient[0][place])
+            else:
+                windows, gradients = [direction[place]], [self.gradient[place]]
+            for parameter, window, gradient, group in zip(
+                unit.operand.parameters, windows, gradients, unit.groups, strict=True
+            ):
+                if parameter.grad is not None:
+                    yield Piece(parameter.detach().view(window.shape), window, gradient, group)
+
+
+def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert gradient is not None
+    return gradient.detach().to(dtype)
+
+
+def cohorts(bucket: Bucket, recipes: Mapping[Unit, Recipe]) -> list[Cohort]:
+    """The active units of a bucket, grouped by what must be equal for one call."""
+    members: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    chosen: dict[int, Recipe] = {}
+    for row, (unit, (step, updates)) in enumerate(zip(bucket.units, bucket.counters.tolist(), strict=True)):
+        if unit.active():
+            recipe = recipes[unit]
+            chosen[id(recipe)] = recipe
+            members[id(recipe), step, updates].append(row)
+    return [Cohort(bucket, rows, chosen[recipe], step, updates) for (recipe, step, updates), rows in members.items()]
+
+
+def advance(
+    buckets: Iterable[Bucket],
+    recipes: Mapping[Unit, Recipe],
+    groups: Sequence[Group],
+    gate: Tensor | None,
+) -> None:
+    """One step of everything that has a gradient.
+
+    Args:
+        buckets: the bound units.
+        recipes: every unit's recipe with this step's numbers; equal recipes are one object.
+        groups: settings: ``lr``, ``weight_decay``, ``maximize``, ``reduction_factor``.
+        gate: 0-d bool, False where the whole step must change nothing; ``None`` is open.
+    """
+    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes)]
+    for cohort in active:
+        cohort.listen(groups, gate)
+    roots.refresh(due_jobs(active))
+    finished = [(cohort, list(cohort.pieces(cohort.direct(gate)))) for cohort in active]
+    shrink = _clip_scales(finished, groups)
+    for cohort, pieces in finished:
+        _update(cohort, pieces, groups, gate, shrink.get(cohort.recipe.rule.clip))
+        cohort.settle()
+        counters = cohort.bucket.counters
+        counters[cohort.rows] = torch.tensor([cohort.step + 1, cohort.updates])
+
+
+def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:
+    """Every root that is due: all of a cohort's at once, or its share of a staggered period.
+
+    A staggered period T is cut by cost: matrices stand in a row, each as long as its n³, and step t takes those whose
+    middle lies in the (t mod T)-th of T equal stretches.
+    """
+    due: list[RootJob] = []
+    staggered: dict[int, list[tuple[int, RootJob]]] = defaultdict(list)
+    for cohort in active:
+        schedule = cohort.recipe.schedule
+        if schedule.refreshes(cohort.step):
+            due.extend(cohort.root_jobs())
+        elif schedule.stagger:
+            staggered[period(schedule.refresh)] += [(cohort.step, job) for job in cohort.root_jobs()]
+    for length, jobs in staggered.items():
+        costs = [job.factor.shape[0] * job.factor.shape[-1] ** 3 for _, job in jobs]
+        total, before = max(1, sum(costs)), 0
+        for (step, job), cost in zip(jobs, costs, strict=True):
+            each = job.factor.shape[-1] ** 3
+            phases = [(before + each * row + each / 2) * length // total for row in range(job.factor.shape[0])]
+            mine = [row for row, phase in enumerate(phases) if phase == step % length]
+            if mine:
+                due.append(job.rows(mine[0], mine[-1] + 1))
+            before += cost
+    return due
+
+
+def _clip_scales(
+    finished: Sequence[tuple[Cohort, Sequence[Piece]]], groups: Sequence[Group]
+) -> dict[Clip | None, Tensor]:
+    """One factor for every clip, over all parameters that share it."""
+    pairs: dict[Clip, list[tuple[list[Tensor], list[Tensor], Weight]]] = defaultdict(list)
+    for cohort, pieces in finished:
+        clip = cohort.recipe.rule.clip
+        if clip is not None:
+            pairs[clip] += [([one.direction], [one.gradient], groups[one.group]["lr"]) for one in pieces]
+    return {clip: rules.clip_scale(clip, members) for clip, members in pairs.items()}
+
+
+def _update(
+    cohort: Cohort,
+    pieces: Sequence[Piece],
+    groups: Sequence[Group],
+    gate: Tensor | None,
+    shrink: Tensor | None,
+) -> None:
+    """Step: w <- (1 - lr decay) w - lr d."""
+    members: dict[int, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        members[piece.group].append(piece)
+    rule = cohort.recipe.rule
+    for group, mine in members.items():
+        parameters, directions = [one.parameter for one in mine], [one.direction for one in mine]
+        settings, device = groups[group], parameters[0].device
+        lr: Weight = settings["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.to(device)
+        if gate is not None:
+            lr = lr * gated(1.0, 0.0, gate.to(device))
+        if rule.decay == "decoupled" and settings["weight_decay"] != 0:
+            torch._foreach_mul_(parameters, 1 - lr * settings["weight_decay"])
+        lr = lr / (1 + cohort.step * number(rule.lr_decay))
+        if shrink is not None:
+            lr = lr * shrink.to(device=device, dtype=directions[0].dtype)
+        if isinstance(lr, Tensor):
+            torch._foreach_sub_(parameters, torch._foreach_mul(directions, lr))
+        else:
+            torch._foreach_add_(parameters, directions, alpha=-lr)
+
+
+def warm(
+    buckets: Iterable[Bucket],
+    recipes: Mapping[Unit, Recipe],
+    groups: Sequence[Group],
+    gate: Tensor | None,
+    seen: int,
+) -> None:
+    """Average one batch's statistics into a running mean over ``seen`` earlier ones; nothing else changes.
+
+    Moments of the momentum are left alone: without steps there is none.
+    """
+    for bucket in buckets:
+        for cohort in cohorts(bucket, recipes):
+            if bucket.block is None or cohort.recipe.moment.of == "momentum":
+                continue
+            gradient = cohort.gradients(groups, gate)
+            cohort.update(gradient, gated(seen / (seen + 1), 1.0, gate), gated(1 / (seen + 1), 0.0, gate))
+            cohort.settle()
+            bucket.counters[cohort.rows, 1] = cohort.updates

@@ -1,0 +1,104 @@
+"""What went wrong, by name: non-finite gradients, roots that were kept, residuals of the last solves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .recipe import check_choice
+from .storage import Bucket
+
+
+class NonFiniteGradient(FloatingPointError):
+    """A gradient holds NaN or infinity; parameters and state are as before the step.
+
+    Attributes:
+        names: the parameters.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        super().__init__(
+            f"non-finite gradient in {', '.join(names)}; nothing was changed. Lower lr, clip gradients, skip this batch, "
+            "or set optimizer.on_nonfinite = 'mask' to skip such steps"
+        )
+
+
+def check_finite(named: Sequence[tuple[str, Tensor]], mode: str, masked: dict[str, Tensor]) -> Tensor | None:
+    """Report non-finite gradients by name, or return the gate that masks this step on the device.
+
+    Args:
+        named: parameter names and gradients.
+        mode: see :class:`~curvlib.CurvatureOptimizer`, ``on_nonfinite``.
+        masked: name -> how many steps it masked, counted on the device.
+
+    Raises:
+        NonFiniteGradient: where the mode says so.
+    """
+    check_choice("on_nonfinite", mode, ("auto", "raise", "mask"))
+    named = [(name, gradient) for name, gradient in named if gradient.numel()]
+    if not named:
+        return None
+    largest = torch._foreach_norm([gradient for _, gradient in named], torch.inf)
+    device = largest[0].device
+    finite = torch.stack([one.to(device).isfinite() for one in largest])
+    if mode == "raise" or (mode == "auto" and device.type == "cpu"):
+        if not finite.all():
+            flags = finite.tolist()
+            raise NonFiniteGradient([name for (name, _), good in zip(named, flags, strict=True) if not good])
+        return None
+    for (name, _), good in zip(named, finite, strict=True):
+        masked[name] = masked.get(name, 0) + ~good
+    return finite.all()
+
+
+@dataclass(frozen=True)
+class Health:
+    """The state of an optimizer's roots and steps.
+
+    Attributes:
+        residual: parameter -> largest relative residual of its last solves.
+        kept: parameter -> how often a failed root was replaced by the previous one; only those above zero.
+        masked: parameter -> how many steps its non-finite gradient masked; only those above zero.
+    """
+
+    residual: Mapping[str, float]
+    kept: Mapping[str, int]
+    masked: Mapping[str, int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was kept or masked."""
+        return not self.kept and not self.masked
+
+    def __str__(self) -> str:
+        worst = max(self.residual, key=self.residual.__getitem__, default=None)
+        lines = [f"largest residual {self.residual[worst]:.1e} ({worst})" if worst is not None else "no roots solved"]
+        lines += [f"{name}: previous root kept {count} times" for name, count in self.kept.items()]
+        lines += [f"{name}: non-finite gradient masked {count} steps" for name, count in self.masked.items()]
+        return "\n".join(lines)
+
+
+def health_of(buckets: Iterable[Bucket], masked: Mapping[str, Tensor]) -> Health:
+    """Read the diagnostics of all buckets; this waits for the device."""
+    residual: dict[str, float] = {}
+    kept: dict[str, int] = {}
+    for bucket in buckets:
+        for name, values in bucket.state.items():
+            if not name.startswith(("residual_", "kept_")):
+                continue
+            for unit, value in zip(bucket.units, values, strict=True):
+                if name.startswith("residual_"):
+                    worst = float(value.max()) if value.numel() else 0.0
+                    residual[unit.name] = max(worst, residual.get(unit.name, 0.0))
+                else:
+                    kept[unit.name] = kept.get(unit.name, 0) + int(value.sum())
+    counts = {name: int(torch.as_tensor(count)) for name, count in masked.items()}
+    return Health(
+        residual,
+        {name: count for name, count in kept.items() if count},
+        {name: count for name, count in counts.items() if count},
+    )

@@ -1,0 +1,384 @@
+"""Recipes: one choice of partition, moment, root and rule, on a schedule.
+
+Everything here is a frozen dataclass that checks itself. A number may also be a callable of the step (0, 1, 2, …).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+
+from .partition import Partition
+
+if TYPE_CHECKING:
+    from .blocks.base import Block
+
+Number = float | Callable[[int], float]
+T = TypeVar("T")
+
+
+def check_number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, strict: bool = False) -> None:
+    """Refuse what is no number of ``[low, high)``, or of ``(low, high)`` if ``strict``; callables pass.
+
+    Raises:
+        ValueError: naming the parameter, the value and what is allowed.
+    """
+    if callable(value):
+        return
+    allowed = f"a number {'above' if strict else 'from'} {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+    number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+    if not number or not (low < value if strict else low <= value) or not value < high:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Refuse what is not among the allowed values.
+
+    Raises:
+        ValueError: naming the parameter, the value and what is allowed.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_period(name: str, value: Any) -> None:
+    """Refuse what is no whole number of steps from 1.
+
+    Raises:
+        ValueError: naming the parameter, the value and what is allowed.
+    """
+    if not callable(value) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be a whole number of steps from 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Which second moment fills the blocks, how it is averaged over steps, and how factors compose.
+
+    Args:
+        of: ``"gradient"``: of the batch gradient (the mean over examples of per-example loss gradients);
+            ``"momentum"``: of what the rule's momentum makes of it.
+        average: ``"ema"``: β F + (1-β) S; ``"sum"``: F + S; ``"mean"``: the running mean over all updates.
+        beta: β of the EMA.
+        debias: divide an EMA by 1 - β^n after n updates.
+        initial: value of the diagonal before the first update.
+        composition: what the curvature of a block is, from its factors F_1 … F_k (k counts sizes above one):
+            ``"independent"``: ⊗ F_i; ``"trace"``: ⊗ F_i / tr^(k-1); ``"power-mean"``: ⊗ F_i^(1/k).
+        centered: subtract the outer product of the gradient's own EMA (diagonal partitions only).
+        maximum: keep the entrywise maximum over steps (AMSGrad; diagonal partitions only).
+        dtype: ``"float32"``: float32 or the parameter's dtype if that is wider; ``"parameter"``: the parameter's.
+    """
+
+    of: Literal["gradient", "momentum"] = "gradient"
+    average: Literal["ema", "sum", "mean"] = "ema"
+    beta: Number = 0.9
+    debias: bool = False
+    initial: Number = 0.0
+    composition: Literal["independent", "trace", "power-mean"] = "independent"
+    centered: bool = False
+    maximum: bool = False
+    dtype: Literal["float32", "parameter"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_choice("of", self.of, ("gradient", "momentum"))
+        check_choice("average", self.average, ("ema", "sum", "mean"))
+        check_choice("composition", self.composition, ("independent", "trace", "power-mean"))
+        check_choice("dtype", self.dtype, ("float32", "parameter"))
+        check_number("beta", self.beta, high=1.0)
+        check_number("initial", self.initial)
+
+    def weights(self, updates: int) -> tuple[float, float]:
+        """(keep, gain) of update number ``updates`` (from 0): F <- keep F + gain S."""
+        if self.average == "ema":
+            return number(self.beta), 1.0 - number(self.beta)
+        if self.average == "sum":
+            return 1.0, 1.0
+        return updates / (updates + 1), 1 / (updates + 1)
+
+    def scale(self, updates: int) -> float:
+        """What the stored average is multiplied by, after ``updates`` updates, to undo its bias towards the start."""
+        if not (self.debias and self.average == "ema" and updates):
+            return 1.0
+        return 1.0 / (1.0 - number(self.beta) ** updates)
+
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the statistics of a parameter of this dtype are kept."""
+        return dtype if self.dtype == "parameter" else torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What is added to a factor before its root is taken, λ.
+
+    Args:
+        value: the strength δ.
+        relative_to: ``None``: λ = δ; ``"trace"``: δ times the mean eigenvalue of the factor; ``"largest"``: δ times its
+            largest eigenvalue.
+        floor: least λ of a relative damping.
+        split: for k factors whose product should be damped by δ: ``None``: every factor gets λ; ``"sqrt"``: δ^(1/k);
+            ``"pi"``: δ^(1/k) times the factor's mean eigenvalue over the geometric mean of all (Martens & Grosse 2015,
+            §6.3, where k = 2).
+        outside: add δ to the root's denominator instead, (F^p + δ)^-1, as Adam's eps.
+    """
+
+    value: Number = 1e-3
+    relative_to: Literal["trace", "largest"] | None = None
+    floor: Number = 0.0
+    split: Literal["sqrt", "pi"] | None = None
+    outside: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("damping", self.value)
+        check_number("damping floor", self.floor)
+        check_choice("relative_to", self.relative_to, (None, "trace", "largest"))
+        check_choice("split", self.split, (None, "sqrt", "pi"))
+        if self.split and (self.relative_to or self.outside):
+            raise ValueError(
+                f"split={self.split!r} shares out an absolute damping; set relative_to=None, outside=False"
+            )
+        if self.relative_to and self.outside:
+            raise ValueError(f"outside=True adds an absolute number; got relative_to={self.relative_to!r}")
+
+
+@dataclass(frozen=True)
+class Root:
+    """Which power of the damped curvature is applied, direction = curvature^(-exponent) gradient, and how it is solved.
+
+    Args:
+        exponent: p; 1 is the natural gradient, 1/2 Adam's and Shampoo's, 0 no preconditioning. Any number from 0.
+        damping: a :class:`Damping`, or a number for an absolute one.
+        solver: ``"cholesky"`` (exponent 1 of a factor), ``"eigh"``, or ``"auto"``: Cholesky where it can.
+        dtype: ``"float64"`` solves in double precision whatever the statistics' dtype; ``None`` in theirs.
+        tolerance: a root whose relative residual exceeds it is not used; the previous one stays.
+    """
+
+    exponent: float | Fraction = 1.0
+    damping: Damping | Number = field(default_factory=Damping)
+    solver: Literal["auto", "cholesky", "eigh"] = "auto"
+    dtype: Literal["float64"] | None = None
+    tolerance: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.damping, Damping):
+            object.__setattr__(self, "damping", Damping(self.damping))
+        check_number("exponent", self.exponent)
+        check_number("tolerance", self.tolerance, strict=True)
+        check_choice("solver", self.solver, ("auto", "cholesky", "eigh"))
+        check_choice("dtype", self.dtype, (None, "float64"))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When statistics are taken and roots refreshed, in steps of the parameter, from 0.
+
+    Args:
+        statistics: T1, the period of statistics.
+        refresh: T2, the period of roots.
+        dense_start: also refresh at every statistic of the first T2 steps, as the MBF and TNT authors do.
+        stagger: spread the refreshes of a period over its steps, about 1/T2 of the work each, instead of all at once.
+    """
+
+    statistics: int | Callable[[int], int] = 1
+    refresh: int | Callable[[int], int] = 1
+    dense_start: bool = False
+    stagger: bool = False
+
+    def __post_init__(self) -> None:
+        check_period("statistics period", self.statistics)
+        check_period("refresh period", self.refresh)
+
+    @property
+    def every_step(self) -> bool:
+        """Whether statistics and roots are always fresh."""
+        return self.statistics == 1 and self.refresh == 1
+
+    def takes_statistics(self, step: int) -> bool:
+        """Whether statistics are due."""
+        return step % period(self.statistics) == 0
+
+    def refreshes(self, step: int) -> bool:
+        """Whether every root is due."""
+        if self.dense_start and step <= period(self.refresh) and self.takes_statistics(step):
+            return True
+        return step % period(self.refresh) == 0 and not (self.stagger and step)
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """A running average of the gradient, or of the direction.
+
+    Args:
+        beta: μ.
+        kind: ``"heavy-ball"``: M <- μ M + (1-dampening) g; ``"ema"``: M <- μ M + (1-μ) g.
+        after: of the preconditioned direction instead of the gradient.
+        nesterov: look ahead: g + μ M (heavy ball), or μ M + (1-μ) g.
+        dampening: of a heavy ball, as in torch.optim.SGD: not applied to the first gradient.
+        debias: divide an EMA by 1 - μ^t.
+    """
+
+    beta: Number = 0.9
+    kind: Literal["heavy-ball", "ema"] = "heavy-ball"
+    after: bool = False
+    nesterov: bool = False
+    dampening: Number = 0.0
+    debias: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, ("heavy-ball", "ema"))
+        check_number("momentum", self.beta, high=1.0 if self.kind == "ema" else math.inf)
+        check_number("dampening", self.dampening, low=-math.inf)
+
+
+@dataclass(frozen=True)
+class Grafting:
+    """Give every parameter's direction the norm that a diagonal method's direction would have.
+
+    Args:
+        kind: ``"sgd"``: ‖m‖ of the (momentum) gradient m; ``"adagrad"``, ``"rmsprop"``, ``"adam"``: ‖m / (√v + eps)‖ with
+            v the sum, the EMA, the debiased EMA of squared gradients.
+        beta: of the EMA.
+        eps: added to the denominator.
+    """
+
+    kind: Literal["sgd", "adagrad", "rmsprop", "adam"] = "adam"
+    beta: Number = 0.999
+    eps: Number = 1e-8
+
+    def __post_init__(self) -> None:
+        check_choice("grafting", self.kind, ("sgd", "adagrad", "rmsprop", "adam"))
+        check_number("grafting beta", self.beta, high=1.0)
+        check_number("grafting eps", self.eps)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Shrink all directions by one factor.
+
+    Args:
+        kind: ``"norm"``: to a global norm of at most ``limit``; ``"kl"``: by min(1, √(limit / Σ lr² gᵀd)), so that the
+            step's quadratic size stays below ``limit`` (Ba et al. 2017).
+        limit: the bound.
+    """
+
+    kind: Literal["norm", "kl"]
+    limit: Number
+
+    def __post_init__(self) -> None:
+        check_choice("clip", self.kind, ("norm", "kl"))
+        check_number("clip limit", self.limit, strict=True)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of the preconditioned direction.
+
+    Args:
+        momentum: before or after preconditioning, or none.
+        grafting: or none.
+        clip: or none.
+        decay: what a group's ``weight_decay`` means: ``"decoupled"``: w <- (1 - lr·decay) w; ``"l2"``: added to the gradient.
+        lr_decay: the step is lr / (1 + t · lr_decay), as in torch.optim.Adagrad.
+    """
+
+    momentum: Momentum | None = None
+    grafting: Grafting | None = None
+    clip: Clip | None = None
+    decay: Literal["decoupled", "l2"] = "decoupled"
+    lr_decay: Number = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("decay", self.decay, ("decoupled", "l2"))
+        check_number("lr_decay", self.lr_decay)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One choice of partition, moment, root and rule: an optimizer for the parameters that are routed to it.
+
+    Args:
+        partition: a text of the partition language, or a :class:`Partition`.
+        moment: which second moment fills the blocks.
+        root: which power of it is applied.
+        rule: momentum, grafting, clipping, decay.
+        schedule: when statistics and roots are due.
+        axes: names for the parameter's dimensions instead of its layer's, which may split them: ``"(head d) i"``.
+        sizes: sizes of split axes, e.g. ``{"head": 12}``.
+        join_bias: treat a layer's bias as one more input column of its weight, where the layer is known.
+        block: a structure that is more than a partition; ``None`` is the standard block.
+
+    Raises:
+        ValueError, PartitionError: naming the parameter, the value and what is allowed.
+    """
+
+    partition: Partition | str
+    moment: Moment = field(default_factory=Moment)
+    root: Root = field(default_factory=Root)
+    rule: Rule = field(default_factory=Rule)
+    schedule: Schedule = field(default_factory=Schedule)
+    axes: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    join_bias: bool = False
+    block: type[Block] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.partition, Partition):
+            object.__setattr__(self, "partition", Partition(self.partition))
+        for name, kind in {"moment": Moment, "root": Root, "rule": Rule, "schedule": Schedule}.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        for option in ("centered", "maximum"):
+            if getattr(self.moment, option) and not self.cut.diagonal:
+                raise ValueError(
+                    f"{option}=True needs a diagonal partition such as '... |', got {str(self.partition)!r}"
+                )
+        if self.moment.of == "momentum" and (self.rule.momentum is None or self.rule.momentum.after):
+            raise ValueError("of='momentum' needs a rule with momentum before preconditioning")
+
+    @property
+    def cut(self) -> Partition:
+        """The partition, parsed."""
+        assert isinstance(self.partition, Partition)
+        return self.partition
+
+    @property
+    def damping(self) -> Damping:
+        """The root's damping."""
+        assert isinstance(self.root.damping, Damping)
+        return self.root.damping
+
+    def at(self, step: int) -> Recipe:
+        """This recipe with every callable replaced by its number at a step."""
+        return resolve(self, step)
+
+
+def number(value: Number | Fraction) -> float:
+    """A setting that has been resolved, as a float."""
+    return float(value)  # type: ignore[arg-type]
+
+
+def period(value: int | Callable[[int], int]) -> int:
+    """A period that has been resolved."""
+    assert isinstance(value, int)
+    return value
+
+
+def resolve(thing: T, step: int) -> T:
+    """A dataclass with every callable number replaced by its value at a step, and checked again.
+
+    Predicates of routes and block classes are no numbers and stay.
+    """
+    changes: dict[str, Any] = {}
+    for entry in fields(thing):  # type: ignore[arg-type]
+        value = getattr(thing, entry.name)
+        if is_dataclass(value) and not isinstance(value, (type, Partition)):
+            resolved = resolve(value, step)
+            if resolved is not value:
+                changes[entry.name] = resolved
+        elif callable(value) and not isinstance(value, type) and entry.name != "where":
+            changes[entry.name] = value(step)
+    return replace(thing, **changes) if changes else thing  # type: ignore[type-var]

@@ -1,0 +1,229 @@
+"""Batched roots: from factors, damping and an exponent to (F + λI)^-p, with a residual for every matrix.
+
+A solve never harms: a matrix whose root fails after every retry keeps its previous root, on the device, and is counted.
+
+* Cholesky for p = 1: (F + λI)^-1. Its residual is ‖(F + λI) X v - v‖ / ‖v‖ for a fixed probe v.
+* Eigendecomposition for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that
+  rounding made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / ‖F v‖.
+
+The retry ladder: every factor is symmetrised; what fails is solved once more in float64, then in float64 with 1e-6 of its
+mean eigenvalue added. On an accelerator Cholesky does not retry, because that would wait for the device; its failures
+keep the previous root at once. Batched LU is never used: it is unreliable on CPU (pytorch#141358, #142815).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_JITTER = 1e-6
+_WORKSPACE = 1 << 24  # entries of one chunk of a batched solve
+Solution = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class How:
+    """How a root is computed: everything that must agree for matrices to be solved in one batch.
+
+    Attributes:
+        power: the exponent p of this factor.
+        solver: ``"cholesky"`` or ``"eigh"``.
+        dtype: dtype of the solve.
+        outside: the damping is added to the denominator, outside the power.
+        largest: the damping is a multiple of the largest eigenvalue, at least ``floor``.
+        floor: least damping where it is relative to the largest eigenvalue.
+        tolerance: largest residual of a root that is used.
+    """
+
+    power: float
+    solver: str
+    dtype: torch.dtype
+    outside: bool = False
+    largest: bool = False
+    floor: float = 0.0
+    tolerance: float = 0.1
+
+
+@dataclass
+class RootJob:
+    """A batch of factors whose roots are due; ``root``, ``residual`` and ``kept`` are written in place.
+
+    Attributes:
+        factor: ``[N, f, f]``, symmetric up to rounding, finite.
+        scale: the factor is multiplied by it first: a number, or ``[N]``.
+        damping: λ, after the scale: a number, or ``[N]``.
+        how: the solver and its options.
+        root: ``[N, f, f]``, the previous roots.
+        residual: ``[N]``, of the last solve.
+        kept: ``[N]``, int64, how often the previous root was kept.
+    """
+
+    factor: Tensor
+    scale: Tensor | float
+    damping: Tensor | float
+    how: How
+    root: Tensor
+    residual: Tensor
+    kept: Tensor
+
+    def rows(self, first: int, last: int) -> RootJob:
+        """The same job for some of its rows."""
+
+        def part(value: Tensor | float) -> Any:
+            return value[first:last] if isinstance(value, Tensor) else value
+
+        tensors = (self.factor, self.scale, self.damping), (self.root, self.residual, self.kept)
+        (factor, scale, damping), (root, residual, kept) = (tuple(map(part, some)) for some in tensors)
+        return RootJob(factor, scale, damping, self.how, root, residual, kept)
+
+
+def refresh(jobs: Iterable[RootJob]) -> None:
+    """Solve all jobs, in one batch for all factors of a size, device and way of solving."""
+    batches: dict[tuple[int, torch.device, How], list[RootJob]] = defaultdict(list)
+    for job in jobs:
+        size = job.factor.shape[-1]
+        step = max(1, _WORKSPACE // (size * size))
+        for first in range(0, job.factor.shape[0], step):
+            part = job.rows(first, first + step)
+            batches[size, part.factor.device, part.how].append(part)
+    for (size, _, how), parts in batches.items():
+        for chunk in _chunks(parts, size):
+            _refresh_chunk(chunk, how)
+
+
+def _chunks(jobs: list[RootJob], size: int) -> Iterable[list[RootJob]]:
+    chunk: list[RootJob] = []
+    filled = 0
+    for job in jobs:
+        entries = job.factor.shape[0] * size * size
+        if chunk and filled + entries > _WORKSPACE:
+            yield chunk
+            chunk, filled = [], 0
+        chunk.append(job)
+        filled += entries
+    yield chunk
+
+
+def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
+    def rows(value: Tensor | float, job: RootJob) -> Tensor:
+        return torch.as_tensor(value, dtype=how.dtype, device=job.factor.device).expand(job.factor.shape[0])
+
+    factor = _join([job.factor for job in jobs]).to(how.dtype)
+    scale = _join([rows(job.scale, job) for job in jobs])
+    damping = _join([rows(job.damping, job) for job in jobs])
+    root, residual = solve(factor * scale[:, None, None], damping, how)
+    good = residual <= how.tolerance
+    first = 0
+    for job in jobs:
+        mine = slice(first, first := first + job.factor.shape[0])
+        job.root.copy_(torch.where(good[mine, None, None], root[mine].to(job.root.dtype), job.root))
+        job.residual.copy_(residual[mine])
+        job.kept.add_(~good[mine])
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
+    """Roots and residuals of a batch, with the retry ladder.
+
+    Args:
+        matrix: ``[N, f, f]``; only its symmetric part counts.
+        damping: ``[N]``.
+        how: the solver and its options.
+
+    Returns:
+        Roots ``[N, f, f]`` and residuals ``[N]``; a root that failed has an infinite residual.
+    """
+    attempt = _cholesky if how.solver == "cholesky" else _eigh
+    matrix = (matrix + matrix.mT) / 2
+    root, residual = attempt(matrix, damping, how)
+    if how.solver == "cholesky" and matrix.device.type != "cpu":
+        return root, residual
+    for jitter in (0.0, _JITTER):
+        bad = (residual > how.tolerance).nonzero().flatten()
+        if not bad.numel():
+            break
+        again = matrix[bad].double()
+        again.diagonal(dim1=-2, dim2=-1).add_(jitter * _mean_eigenvalue(again)[:, None])
+        retried, error = attempt(again, damping[bad].double(), how)
+        root[bad], residual[bad] = retried.to(root.dtype), error.to(residual.dtype)
+    return root, residual
+
+
+def _mean_eigenvalue(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def _probe(matrix: Tensor) -> Tensor:
+    """A fixed vector of ±1 that no coordinate structure is orthogonal to, ``[f, 1]``."""
+    number = torch.arange(matrix.shape[-1], device=matrix.device)
+    return torch.where((number * 2654435761) % 4294967296 < 2147483648, 1.0, -1.0).to(matrix.dtype)[:, None]
+
+
+def _judged(root: Tensor, residual: Tensor) -> Solution:
+    """Make every failure an infinite residual."""
+    finite = root.isfinite().flatten(1).all(1) & residual.isfinite()
+    return root, torch.where(finite, residual, torch.inf)
+
+
+def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
+    damped = matrix.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if matrix.device.type == "cpu":
+        root = torch.cholesky_inverse(lower)
+    else:
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+        root = inverse.mT @ inverse
+    probe = _probe(matrix)
+    residual = (damped @ (root @ probe) - probe).norm(dim=(-2, -1)) / probe.norm()
+    return _judged(root, torch.where(failed == 0, residual, torch.inf))
+
+
+def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
+    values, vectors = _eigendecomposition(matrix)
+    positive = values.clamp_min(0)
+    if how.largest:
+        damping = (damping * positive[:, -1]).clamp_min(how.floor)
+    powered = diagonal_root(positive, damping[:, None], how.power, how.outside)
+    root = (vectors * powered[:, None, :]) @ vectors.mT
+    probe = _probe(matrix)
+    image = matrix @ probe
+    error = (image - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
+    norm = image.norm(dim=(-2, -1))
+    return _judged(root, torch.where(norm > 0, error / norm, error))
+
+
+def _eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors; NaN for a matrix on which the solver does not converge."""
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        if matrix.shape[0] == 1:
+            return torch.full_like(matrix[:, 0], torch.nan), torch.full_like(matrix, torch.nan)
+        parts = [_eigendecomposition(one) for one in matrix.split(1)]
+        return torch.cat([values for values, _ in parts]), torch.cat([vectors for _, vectors in parts])
+
+
+def diagonal_root(value: Tensor, damping: Tensor | float, power: float, outside: bool) -> Tensor:
+    """The root of a diagonal: (v + λ)^-p, or (v^p + ε)^-1."""
+    if outside:
+        return 1 / (_power(value, power) + damping)
+    return _power(value + damping, -power)
+
+
+def _power(value: Tensor, power: float) -> Tensor:
+    named: dict[float, Callable[[Tensor], Tensor]] = {
+        0.5: torch.sqrt,
+        -0.5: torch.rsqrt,
+        -1.0: torch.reciprocal,
+    }
+    return named[power](value) if power in named else value**power

@@ -1,0 +1,116 @@
+"""Rules: what becomes of the preconditioned direction. Momentum, grafting, clipping.
+
+Everything here works on lists of tensors. A list is *packed* when it holds one tensor ``[n, *shape]`` for n operands, and
+otherwise holds one tensor for each operand. A *gate* is a 0-d bool tensor on the device: where it is False nothing that
+is averaged changes (see :func:`gated`), without waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .moments import Weight
+from .recipe import Clip, Grafting, Momentum, number
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+def gated(value: float, neutral: float, gate: Tensor | None) -> Weight:
+    """``value`` where the gate is open, ``neutral`` where it is shut; without a gate just ``value``."""
+    if gate is None:
+        return value
+    wanted, harmless = (gate.new_full((), one, dtype=torch.float64) for one in (value, neutral))
+    return torch.where(gate, wanted, harmless)
+
+
+def apply_momentum(buffer: Tensors, value: Tensors, rule: Momentum, step: int, gate: Tensor | None) -> Tensors:
+    """Average ``value`` into ``buffer`` and return what is to be used in its place.
+
+    Args:
+        buffer: the running average, updated in place.
+        value: gradients or directions; not changed.
+        rule: kind and strength.
+        step: from 0.
+        gate: see the module.
+    """
+    beta = number(rule.beta)
+    first = rule.kind == "heavy-ball" and step == 0
+    gain = 1.0 if first else 1 - (beta if rule.kind == "ema" else number(rule.dampening))
+    torch._foreach_mul_(buffer, gated(beta, 1.0, gate))
+    torch._foreach_add_(buffer, value, alpha=gain)
+    result: Tensors = buffer
+    if rule.nesterov:
+        ahead = gain if rule.kind == "ema" else 1.0
+        result = torch._foreach_add(torch._foreach_mul(buffer, beta), value, alpha=ahead)
+    if rule.kind == "ema" and rule.debias:
+        result = torch._foreach_div(result, 1 - beta ** (step + 1))
+    return result
+
+
+def graft(
+    direction: Tensors,
+    reference: Tensors,
+    gradient: Tensors,
+    second: Tensors | None,
+    rule: Grafting,
+    step: int,
+    packed: bool,
+    gate: Tensor | None,
+) -> Tensors:
+    """The direction with the norm of a diagonal method's, operand by operand.
+
+    Args:
+        direction: the preconditioned directions; not changed.
+        reference: what was preconditioned (the gradient, or its momentum).
+        gradient: whose squares the diagonal method averages.
+        second: that average, updated in place; ``None`` for ``"sgd"``.
+        rule: the diagonal method.
+        step: from 0.
+        packed: see the module.
+        gate: see the module.
+    """
+    target: Tensors = reference
+    if second is not None:
+        beta = 1.0 if rule.kind == "adagrad" else number(rule.beta)
+        gain = 1.0 if rule.kind == "adagrad" else 1 - beta
+        torch._foreach_mul_(second, gated(beta, 1.0, gate))
+        torch._foreach_addcmul_(second, gradient, gradient, value=gain)
+        scale = 1 - beta ** (step + 1) if rule.kind == "adam" else 1.0
+        denominator = torch._foreach_sqrt(torch._foreach_div(second, scale))
+        torch._foreach_add_(denominator, number(rule.eps))
+        target = torch._foreach_div(reference, denominator)
+    wanted, present = operand_norms(target, packed), operand_norms(direction, packed)
+    ratios = [torch.where(have > 0, want / have, 0.0) for want, have in zip(wanted, present, strict=True)]
+    if packed:
+        ratios = [ratio.view(-1, *[1] * (one.ndim - 1)) for ratio, one in zip(ratios, direction, strict=True)]
+    scaled: Tensors = torch._foreach_mul(direction, ratios)
+    return scaled
+
+
+def operand_norms(tensors: Tensors, packed: bool) -> list[Tensor]:
+    """The Frobenius norm of every operand: ``[n]`` for a packed tensor, 0-d otherwise."""
+    if packed:
+        return [one.flatten(1).norm(dim=1) if one.ndim > 1 else one.abs() for one in tensors]
+    return [one.norm() for one in tensors]
+
+
+def clip_scale(clip: Clip, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], Weight]]) -> Tensor:
+    """The one factor, at most 1, by which all directions of a clip are shrunk; 0-d, on the first tensor's device.
+
+    Args:
+        clip: kind and limit.
+        pairs: (directions, gradients, lr) of all parameters that share the clip.
+    """
+    device = next((one.device for directions, _, _ in pairs for one in directions), torch.device("cpu"))
+    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    for directions, gradients, lr in pairs:
+        for direction, gradient in zip(directions, gradients, strict=True):
+            other = direction if clip.kind == "norm" else gradient.to(direction.dtype)
+            size = (direction * other).sum().to(total)
+            total = total + (size if clip.kind == "norm" else size * lr**2)
+    limit = number(clip.limit)
+    ratio = limit / total.sqrt() if clip.kind == "norm" else (limit / total.clamp_min(0)).sqrt()
+    return torch.where(ratio < 1, ratio, torch.ones_like(ratio))

@@ -1,0 +1,193 @@
+"""Storage: buckets of equal operands, whose state lives packed and is seen, parameter by parameter, in ``state[p]``."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import Block, Spec, State, block_for
+from .layout import Layout
+from .recipe import Recipe, Schedule
+from .units import Unit
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What decides the form of a unit's state; units that agree share a bucket, elementwise ones whatever their shapes."""
+
+    recipe: Recipe
+    layout: Layout | None
+    joined: tuple[str, ...]
+    param_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the statistics."""
+        return self.recipe.moment.dtype_for(self.param_dtype)
+
+
+def state_specs(unit: Unit, recipe: Recipe) -> tuple[Block | None, dict[str, Spec], dict[str, str]]:
+    """The block of a unit, the state of its curvature, and the state (name -> role) in its parameters' shapes."""
+    block = block_for(unit.layout, recipe)
+    like: dict[str, str] = {}
+    if recipe.rule.momentum is not None:
+        like["momentum"] = "momentum"
+    if recipe.rule.grafting is not None and recipe.rule.grafting.kind != "sgd":
+        like["grafting"] = "grafting"
+    return block, block.spec() if block else {}, like
+
+
+class Bucket:
+    """Units of one structure: one batch, in the order in which they were bound.
+
+    State that belongs to curvature is ``[n, *spec.shape]``; state in the shape of the operand is packed,
+    ``[n, *layout.shape]``, but for elementwise structures, where every parameter keeps a tensor of its own.
+    """
+
+    def __init__(self, units: list[Unit], recipe: Recipe, structure: Structure) -> None:
+        self.units = units
+        self.structure = structure
+        self.block, self.specs, self.like = state_specs(units[0], recipe)
+        self.packed = self.block is not None and not self.block.elementwise
+        n, dtype, device = len(units), structure.dtype, structure.device
+        # step and updates of every unit, on the host: no schedule ever waits for a device.
+        self.counters = torch.zeros(n, 2, dtype=torch.int64)
+        self.state: State = {}
+        for name, spec in self.specs.items():
+            self.state[name] = spec.create(n, dtype, device) if self.packed else self._own_tensors(dtype, spec.fill)
+        for name in self.like:
+            shape = (n, *units[0].layout.shape)
+            self.state[name] = (
+                [torch.zeros(shape, dtype=dtype, device=device)] if self.packed else self._own_tensors(dtype, 0.0)
+            )
+        self.workspace = torch.empty((n, *units[0].layout.shape), dtype=dtype, device=device) if self.packed else None
+
+    def _own_tensors(self, dtype: torch.dtype, fill: float) -> list[Tensor]:
+        like = [unit.lead.detach() for unit in self.units]
+        return [torch.full_like(one, fill, dtype=dtype, memory_format=torch.preserve_format) for one in like]
+
+    def records(self) -> Iterator[tuple[Tensor, Record]]:
+        """The record of every parameter: views of this bucket's state."""
+        for row, unit in enumerate(self.units):
+            lead: Record = {"step": self.counters[row, 0], "updates": self.counters[row, 1]}
+            for name in self.specs:
+                lead[name] = self.state[name][row]
+            yield from zip(unit.operand.parameters, self._shared(row, unit, lead), strict=True)
+
+    def _shared(self, row: int, unit: Unit, lead: Record) -> list[Record]:
+        records = [lead, *({"step": self.counters[row, 0]} for _ in unit.operand.parameters[1:])]
+        for name in self.like:
+            if not self.packed:
+                lead[name] = self.state[name][row]
+                continue
+            windows = unit.operand.windows(self.state[name][0][row])
+            for record, window, parameter in zip(records, windows, unit.operand.parameters, strict=True):
+                record[name] = _shaped(window, parameter)
+        return records
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by role; views that trainers see are not counted twice."""
+        total: dict[str, int] = defaultdict(int)
+        roles = {**{name: spec.role for name, spec in self.specs.items()}, **self.like}
+        for name, value in self.state.items():
+            tensors = value if isinstance(value, list) else [value]
+            total[roles[name]] += sum(one.numel() * one.element_size() for one in tensors)
+        if self.workspace is not None:
+            total["workspace"] += self.workspace.numel() * self.workspace.element_size()
+        return dict(total)
+
+
+def _shaped(window: Tensor, parameter: Tensor) -> Tensor:
+    """A window in the parameter's own shape, where that is a view of it."""
+    try:
+        return window.view(parameter.shape)
+    except RuntimeError:  # split axes that lie apart in the packed operand
+        return window
+
+
+def check_record(unit: Unit, recipe: Recipe, records: Iterable[Mapping[str, Any]], source: str) -> None:
+    """Refuse records that do not fit a unit; empty ones do.
+
+    Args:
+        unit: whose records they are.
+        recipe: what it is routed to.
+        records: one for each parameter of the unit.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: naming the parameter, what it should have and what there is.
+    """
+    _, specs, like = state_specs(unit, recipe)
+    for slot, parameter, record in zip(unit.slots, unit.operand.parameters, records, strict=True):
+        if not record:
+            continue
+        sizes = dict.fromkeys(like, parameter.numel())
+        if parameter is unit.lead:
+            sizes.update({name: math.prod(spec.shape) for name, spec in specs.items()})
+        found = {name: torch.as_tensor(record[name]).numel() for name in record if name not in ("step", "updates")}
+        if found != sizes:
+            raise ValueError(
+                f"{source} belongs to another recipe or model: {slot.name} should have {_listed(sizes)}, "
+                f"there is {_listed(found)} (name: entries)"
+            )
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {size}" for name, size in sorted(sizes.items())) or "no state"
+
+
+@dataclass
+class Storage:
+    """All buckets of an optimizer, and the records that point into them."""
+
+    buckets: list[Bucket] = field(default_factory=list)
+    _marks: list[tuple[Tensor, Tensor, torch.device]] = field(default_factory=list)
+
+    def holds(self, units: Iterable[Unit], state: dict[Tensor, Record]) -> bool:
+        """Whether all units are bound, and their records still are the views that were handed out."""
+        bound = {id(unit) for bucket in self.buckets for unit in bucket.units}
+        return all(id(unit) in bound for unit in units) and all(
+            state[parameter].get("step") is step and parameter.device == device
+            for parameter, step, device in self._marks
+        )
+
+    def bind(self, units: Iterable[tuple[Unit, Recipe]], state: dict[Tensor, Record]) -> None:
+        """Pack the state of all units anew: from the records where there are any, else as it starts."""
+        groups: dict[Structure, list[tuple[Unit, Recipe]]] = defaultdict(list)
+        for unit, recipe in units:
+            check_record(unit, recipe, [state.get(one, {}) for one in unit.operand.parameters], "the state held")
+            block = block_for(unit.layout, recipe)
+            layout = None if block is None or block.elementwise else unit.layout
+            structure = Structure(structural(recipe), layout, unit.operand.joined, unit.lead.dtype, unit.lead.device)
+            groups[structure].append((unit, recipe))
+        self.buckets = [
+            Bucket([unit for unit, _ in members], members[0][1], structure) for structure, members in groups.items()
+        ]
+        self._marks = []
+        for bucket in self.buckets:
+            for parameter, record in bucket.records():
+                old = state[parameter]
+                for name, view in record.items():
+                    if name in old:
+                        view.copy_(torch.as_tensor(old[name]).reshape(view.shape))
+                state[parameter] = record
+                self._marks.append((parameter, record["step"], parameter.device))
+
+
+def structural(recipe: Recipe) -> Recipe:
+    """A recipe with its numbers, which may change from step to step, replaced by placeholders."""
+    moment = replace(recipe.moment, beta=0.0)
+    root = replace(recipe.root, damping=replace(recipe.damping, value=0.0, floor=0.0))
+    momentum = recipe.rule.momentum and replace(recipe.rule.momentum, beta=0.0, dampening=0.0)
+    grafting = recipe.rule.grafting and replace(recipe.rule.grafting, beta=0.0, eps=0.0)
+    rule = replace(recipe.rule, momentum=momentum, grafting=grafting, clip=None, lr_decay=0.0)
+    return replace(recipe, moment=moment, root=root, rule=rule, schedule=Schedule())

@@ -1,0 +1,116 @@
+"""Units: every parameter with its named axes, its group and its route; a weight and its joined bias are one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .layers import Operand, Slot, bare_slot, split_axes
+from .layout import Layout
+from .partition import PartitionError
+from .recipe import Recipe
+from .routing import Table, choose
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass(eq=False)
+class Unit:
+    """One operand on its way: its parameters, where they come from, and the recipe that they are routed to.
+
+    Attributes:
+        operand: parameters and named axes.
+        slots: one for each parameter.
+        groups: the number of each parameter's group; the first one's decides the recipe.
+        route: the number of the route in that group's table.
+        why: the route's conditions, in words.
+        layout: the partition, exact for the operand.
+    """
+
+    operand: Operand
+    slots: tuple[Slot, ...]
+    groups: tuple[int, ...]
+    route: int
+    why: str
+    layout: Layout
+
+    @property
+    def lead(self) -> Tensor:
+        """The parameter whose record holds the curvature."""
+        return self.operand.parameters[0]
+
+    @property
+    def name(self) -> str:
+        """The lead's name."""
+        return self.slots[0].name
+
+    def active(self) -> bool:
+        """Whether any of its parameters has a gradient."""
+        return any(parameter.grad is not None for parameter in self.operand.parameters)
+
+
+def build_units(groups: Groups, slots: Mapping[Tensor, Slot], tables: Sequence[Table]) -> list[Unit]:
+    """Route every parameter, in group order.
+
+    Args:
+        groups: an optimizer's parameter groups.
+        slots: what is known of the parameters from a model; the others are named by rank.
+        tables: a routing table for each group.
+
+    Raises:
+        ValueError, PartitionError: where no route takes a parameter, or its partition does not fit; naming it.
+    """
+    place = {parameter: number for number, group in enumerate(groups) for parameter in group["params"]}
+    known = {parameter: _slot(parameter, groups[number], number, slots) for parameter, number in place.items()}
+    units: list[Unit] = []
+    taken: set[Tensor] = set()
+    for parameter in _weights_first(known):
+        if parameter in taken:
+            continue
+        slot, table = known[parameter], tables[place[parameter]]
+        route = choose(table, slot)
+        recipe = table[route].recipe
+        operand = _operand(parameter, slot, recipe, known)
+        try:
+            layout = recipe.cut.layout(operand.sizes, operand.joined)
+        except PartitionError as error:
+            raise error.about(slot.name) from None
+        parts = operand.parameters
+        where = tuple(place[one] for one in parts)
+        units.append(Unit(operand, tuple(known[one] for one in parts), where, route, str(table[route]), layout))
+        taken.update(parts)
+    return units
+
+
+def _weights_first(known: Mapping[Tensor, Slot]) -> Iterable[Tensor]:
+    """Parameters in group order, but every weight before its own bias, so that a recipe may join it."""
+    weight_of = {slot.bias: weight for weight, slot in known.items() if slot.bias is not None}
+    order: dict[Tensor, None] = {}
+    for parameter in known:
+        order.setdefault(weight_of.get(parameter, parameter))
+        order.setdefault(parameter)
+    return order
+
+
+def _slot(parameter: Tensor, group: Mapping[str, Any], number: int, slots: Mapping[Tensor, Slot]) -> Slot:
+    if parameter in slots:
+        return slots[parameter]
+    at = next(index for index, one in enumerate(group["params"]) if one is parameter)
+    name = group["param_names"][at] if "param_names" in group else f"parameter {at} of group {number}"
+    return bare_slot(parameter, name)
+
+
+def _operand(parameter: Tensor, slot: Slot, recipe: Recipe, known: Mapping[Tensor, Slot]) -> Operand:
+    """The operand of a parameter under a recipe: renamed axes, or its bias joined."""
+    if recipe.axes is not None:
+        try:
+            return Operand((parameter,), split_axes(recipe.axes, parameter.shape, recipe.sizes))
+        except ValueError as error:
+            raise ValueError(f"{slot.name}: {error}") from None
+    bias = slot.bias
+    if recipe.join_bias and bias is not None and bias in known and slot.inputs and bias.dtype == parameter.dtype:
+        return Operand((parameter, bias), slot.sizes, slot.inputs)
+    return Operand((parameter,), slot.sizes)
