@@ -1,0 +1,1 @@
+"""Comparative studies of optimizers: problems, methods, runs that resume, and reports."""

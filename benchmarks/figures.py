@@ -1,0 +1,72 @@
+"""Figures: loss against steps and against training time, the median over seeds with a band from least to largest."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from .methods import METHODS
+from .problems import PROBLEMS
+from .records import Record
+
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "curvlib",
+}
+_POINTS = 120
+
+
+def curves(records: Sequence[Record]) -> Figure:
+    """Training loss of one problem against steps (left) and seconds of training (right)."""
+    problem = PROBLEMS[records[0].spec.problem]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 3.3), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for method in METHODS.values():
+            mine = [record for record in records if record.spec.method == method.name]
+            if not mine:
+                continue
+            for axes, against in ((left, "step"), (right, "seconds")):
+                grid, low, middle, high = _band(mine, against)
+                axes.fill_between(grid, low, high, color=method.colour, alpha=0.18, linewidth=0)
+                axes.plot(grid, middle, color=method.colour, linestyle=method.dash, linewidth=1.6, label=method.title)
+        for axes in (left, right):
+            axes.axhline(problem.target, color="0.4", linewidth=0.8)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(4, 1)))
+            axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(4, 1)))
+            axes.set_xlim(left=0)
+        left.annotate(
+            "target", (1, problem.target), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
+        left.set_xlabel("steps")
+        left.set_ylabel("training loss (running average)")
+        right.set_xlabel("training time in seconds")
+        right.legend(frameon=False)
+    return figure
+
+
+def _band(records: Sequence[Record], against: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(grid, least, median, largest) over runs, each interpolated on the part of the axis that all of them cover."""
+    runs = [[(getattr(point, against), point.train) for point in record.points] for record in records]
+    grid = np.linspace(0, min(run[-1][0] for run in runs), _POINTS)
+    values = np.stack([np.interp(grid, *zip(*run, strict=True)) for run in runs])
+    return grid, values.min(0), np.median(values, 0), values.max(0)
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as an inline SVG element."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

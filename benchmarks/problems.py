@@ -1,0 +1,140 @@
+"""Problems: a model, data, a loss, a target and a budget, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import data
+from .data import Data, Split
+
+Likelihood = str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One training problem.
+
+    Args:
+        name: how it is called on the command line.
+        title: for tables and figures.
+        source: where it comes from.
+        build: a fresh model; its initialisation draws from torch's global generator.
+        load: its data, from a folder or the default source.
+        loss: from the model's outputs and a batch to the mean loss of its examples.
+        likelihood: whose labels :func:`curvlib.sample_labels` draws.
+        batch_size: examples a step; the last, incomplete batch is dropped.
+        epochs: budget.
+        target: training loss (running average over batches, weight 0.9) that counts as reached.
+        points: evaluations an epoch.
+    """
+
+    name: str
+    title: str
+    source: str
+    build: Callable[[], nn.Module]
+    load: Callable[[Path | None], Data]
+    loss: Callable[[Tensor, Split], Tensor]
+    likelihood: Likelihood
+    batch_size: int
+    epochs: int
+    target: float
+    points: int = 1
+
+
+def autoencoder(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them, but for the code (the narrowest layer) and the output, which are linear."""
+    layers: list[nn.Module] = []
+    code = min(widths)
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        if outputs == code:
+            layers.pop()
+    return nn.Sequential(*layers[:-1])
+
+
+def small_cnn() -> nn.Sequential:
+    """Two 3×3 convolutions with 16 and 32 channels, each followed by ReLU and pooling, and a linear layer."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+
+
+def reconstruction(outputs: Tensor, batch: Split) -> Tensor:
+    """Binary cross-entropy with logits, summed over pixels, mean over examples."""
+    return F.binary_cross_entropy_with_logits(outputs, batch.inputs, reduction="sum") / len(batch)
+
+
+def classification(outputs: Tensor, batch: Split) -> Tensor:
+    """Cross-entropy, mean over examples."""
+    return F.cross_entropy(outputs, batch.labels)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, problem: Problem, split: Split) -> float:
+    """The mean loss over a split, in chunks of 1,000."""
+    training = model.training
+    model.eval()
+    total = 0.0
+    for inputs, labels in zip(split.inputs.split(1000), split.labels.split(1000), strict=True):
+        chunk = Split(inputs, labels)
+        total += float(problem.loss(model(inputs), chunk)) * len(chunk)
+    model.train(training)
+    return total / len(split)
+
+
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem(
+            "digits-autoencoder",
+            "Autoencoder on digits",
+            "scikit-learn's handwritten digits; 64-128-64-32-8-32-64-128-64",
+            lambda: autoencoder(64, 128, 64, 32, 8, 32, 64, 128, 64),
+            data.digits,
+            reconstruction,
+            "bernoulli",
+            batch_size=128,
+            epochs=40,
+            target=19.5,
+        ),
+        Problem(
+            "digits-cnn",
+            "Small CNN on digits",
+            "scikit-learn's handwritten digits; two convolutions and a linear layer",
+            small_cnn,
+            data.digits,
+            classification,
+            "categorical",
+            batch_size=128,
+            epochs=15,
+            target=0.1,
+        ),
+        Problem(
+            "mnist-autoencoder",
+            "Autoencoder on MNIST",
+            "Hinton & Salakhutdinov 2006, as in the MBF, TNT and K-BFGS papers; 784-1000-500-250-30-250-500-1000-784",
+            lambda: autoencoder(784, 1000, 500, 250, 30, 250, 500, 1000, 784),
+            data.mnist,
+            reconstruction,
+            "bernoulli",
+            batch_size=1000,
+            epochs=20,
+            target=70.0,
+        ),
+    )
+}
