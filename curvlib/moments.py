@@ -112,18 +112,22 @@ def power(exponent: float, composition: str, k: int) -> float:
     return exponent / k if composition == "power-mean" else exponent
 
 
-def dampings(factors: Sequence[Tensor], scale: Sequence[Tensor | float], damping: Damping) -> list[Tensor | float]:
+def dampings(
+    factors: Sequence[Tensor], scale: Sequence[Tensor | float], damping: Damping, blocks: int
+) -> list[Tensor | float]:
     """λ of every factor, a number or ``[B]``; relative to the largest eigenvalue it is still the multiple.
 
     Args:
         factors: the stored factors of a region.
         scale: what they are multiplied by first.
         damping: the rule.
+        blocks: how many consecutive factors belong to one parameter.
     """
     value, k = float(damping.value), len(factors)  # type: ignore[arg-type]
-    if damping.relative_to == "trace":
+    if damping.relative_to in ("trace", "layer"):
+        size = blocks if damping.relative_to == "layer" else 1
         floor = float(damping.floor)  # type: ignore[arg-type]
-        return [(value * mean).clamp_min(floor) for mean in _means(factors, scale)]
+        return [(value * _group_mean(mean, size)).clamp_min(floor) for mean in _means(factors, scale)]
     if damping.split == "sqrt":
         return [value ** (1 / k)] * k
     if damping.split == "pi":
@@ -131,6 +135,10 @@ def dampings(factors: Sequence[Tensor], scale: Sequence[Tensor | float], damping
         geometric = torch.stack([mean.log() for mean in means]).mean(0).exp()
         return [value ** (1 / k) * mean / geometric for mean in means]
     return [value] * k
+
+
+def _group_mean(mean: Tensor, size: int) -> Tensor:
+    return mean if size <= 1 else mean.unflatten(0, (-1, size)).mean(1).repeat_interleave(size)
 
 
 def _means(factors: Sequence[Tensor], scale: Sequence[Tensor | float]) -> list[Tensor]:

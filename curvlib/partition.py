@@ -99,10 +99,13 @@ class Partition:
 
     def _refines_always(self, other: Partition) -> bool:
         named = {axis for one in (self, other) for term in one.sentence.terms() for axis in term.axes}
-        axes = sorted({"o", "i", "k1", "k2", "other"} | {axis for axis in named if not axis.endswith("...")})
+        axes = {axis for axis in named if not axis.endswith("...")}
+        axes |= {f"{axis[:-3]}{number}" for axis in named if axis.endswith("...") for number in (1, 2) if axis != "..."}
+        everywhere = [any("..." in term.axes for term in one.sentence.terms()) for one in (self, other)]
+        axes |= {"o", "i", "k1", "k2"} if all(everywhere) else set()
         try:
-            cuts, free = _structure(self, axes)
-            other_cuts, other_free = _structure(other, axes)
+            cuts, free = _structure(self, sorted(axes))
+            other_cuts, other_free = _structure(other, sorted(axes))
         except PartitionError:
             return False
         return other_free <= free and all(cut in cuts or set(cut[0]) <= free for cut in other_cuts)

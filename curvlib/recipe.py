@@ -117,8 +117,9 @@ class Damping:
 
     Args:
         value: the strength δ.
-        relative_to: ``None``: λ = δ; ``"trace"``: δ times the mean eigenvalue of the factor; ``"largest"``: δ times its
-            largest eigenvalue.
+        relative_to: ``None``: λ = δ; ``"trace"``: δ times the mean eigenvalue of the factor; ``"layer"``: δ times the mean
+            of that over all blocks of the parameter, so that blocks without signal are not blown up; ``"largest"``: δ times
+            the largest eigenvalue of the factor.
         floor: least λ of a relative damping.
         split: for k factors whose product should be damped by δ: ``None``: every factor gets λ; ``"sqrt"``: δ^(1/k);
             ``"pi"``: δ^(1/k) times the factor's mean eigenvalue over the geometric mean of all (Martens & Grosse 2015,
@@ -127,7 +128,7 @@ class Damping:
     """
 
     value: Number = 1e-3
-    relative_to: Literal["trace", "largest"] | None = None
+    relative_to: Literal["trace", "layer", "largest"] | None = None
     floor: Number = 0.0
     split: Literal["sqrt", "pi"] | None = None
     outside: bool = False
@@ -135,7 +136,7 @@ class Damping:
     def __post_init__(self) -> None:
         check_number("damping", self.value)
         check_number("damping floor", self.floor)
-        check_choice("relative_to", self.relative_to, (None, "trace", "largest"))
+        check_choice("relative_to", self.relative_to, (None, "trace", "layer", "largest"))
         check_choice("split", self.split, (None, "sqrt", "pi"))
         if self.split and (self.relative_to or self.outside):
             raise ValueError(

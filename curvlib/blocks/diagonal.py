@@ -84,5 +84,5 @@ def _shifts(value: list[Tensor], damping: Damping) -> list[Tensor] | float:
     strength, floor = number(damping.value), number(damping.floor)
     if damping.relative_to is None:
         return strength
-    reduce = torch.mean if damping.relative_to == "trace" else torch.amax
+    reduce = torch.amax if damping.relative_to == "largest" else torch.mean
     return [(strength * reduce(one)).clamp_min(floor) if one.numel() else one.new_zeros(()) for one in value]

@@ -59,7 +59,7 @@ class StandardBlock(Block):
         active = self._active[index]
         factors = [state[f"factor_{index}_{number}"].flatten(0, 1) for number in active]
         scaled = moments.scales(factors, scale, recipe.moment.composition)
-        damped = moments.dampings(factors, scaled, recipe.damping)
+        damped = moments.dampings(factors, scaled, recipe.damping, self.layout.regions[index].blocks)
         power = moments.power(exponent, recipe.moment.composition, len(active))
         for number, factor, factor_scale, damping in zip(active, factors, scaled, damped, strict=True):
             yield number, factor, factor_scale, damping, _how(recipe, power, factor.dtype)

@@ -92,7 +92,7 @@ def mbf(
 ) -> Table:
     """Linear layers with their bias: averaged blocks; convolutions: kernels; all else: a diagonal."""
     moment = Moment(beta=beta, debias=debias)
-    root = Root(1, Damping(damping, "trace", floor=1e-30) if relative_damping else Damping(damping))
+    root = Root(1, Damping(damping, "layer", floor=1e-30) if relative_damping else Damping(damping))
     kind: Literal["heavy-ball", "ema"] = "heavy-ball" if heavy_ball else "ema"
     average = Momentum(momentum, kind, debias=not heavy_ball)
     rule = Rule(average, Grafting(grafting, diagonal_beta, eps) if grafting else None)
