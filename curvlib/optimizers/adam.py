@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ class Adam(CurvatureOptimizer):
         weight_decay: L2: added to the gradient times the weight.
         amsgrad: use the running maximum of v (Reddi et al. 2018).
         maximize: ascend instead.
+        decoupled_weight_decay: decay as :class:`AdamW` does.
         model: see :class:`CurvatureOptimizer`.
     """
 
@@ -44,11 +45,13 @@ class Adam(CurvatureOptimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        decoupled_weight_decay: bool = False,
         model: nn.Module | None = None,
     ) -> None:
-        table = partial(adam, decay="l2")
-        settings: dict[str, Any] = dict(betas=betas, eps=eps, amsgrad=amsgrad)
-        super().__init__(params, table, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings)
+        settings: dict[str, Any] = dict(
+            betas=betas, eps=eps, amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay
+        )
+        super().__init__(params, adam, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings)
 
 
 class AdamW(CurvatureOptimizer):
@@ -69,7 +72,7 @@ class AdamW(CurvatureOptimizer):
         maximize: bool = False,
         model: nn.Module | None = None,
     ) -> None:
-        table = partial(adam, decay="decoupled")
+        table = partial(adam, decoupled_weight_decay=True)
         settings: dict[str, Any] = dict(betas=betas, eps=eps, amsgrad=amsgrad)
         super().__init__(params, table, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings)
 
@@ -113,10 +116,10 @@ class MomentumAdam(CurvatureOptimizer):
         )
 
 
-def adam(betas: tuple[float, float], eps: float, amsgrad: bool, decay: Literal["l2", "decoupled"]) -> Table:
+def adam(betas: tuple[float, float], eps: float, amsgrad: bool, decoupled_weight_decay: bool) -> Table:
     """Everything: the diagonal of the gradient's second moment, to the power -1/2."""
     moment = Moment(beta=betas[1], debias=True, maximum=amsgrad, dtype="parameter")
-    rule = Rule(Momentum(betas[0], "ema", debias=True), decay=decay)
+    rule = Rule(Momentum(betas[0], "ema", debias=True), decay="decoupled" if decoupled_weight_decay else "l2")
     return (Route(Recipe(DIAGONAL, moment, Root(0.5, Damping(eps, outside=True)), rule)),)
 
 

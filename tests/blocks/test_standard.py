@@ -40,7 +40,7 @@ def brute_force(layout, gradient, composition):
             pieces = [flat[index[own, tie]] for tie in range(region.ties)]  # [f1, f2, …] each
             factors = []
             for number in range(len(region.factors)):
-                unfolded = [piece.movedim(number, 0).flatten(1) for piece in pieces]
+                unfolded = [piece.movedim(number, 0).reshape(piece.shape[number], -1) for piece in pieces]
                 factor = sum(one @ one.T for one in unfolded) / len(unfolded)
                 factors.append(factor.diag().diag() if region.factors[number].diagonal else factor)
             block = composed(factors, composition)
@@ -111,9 +111,9 @@ def test_a_batch_is_its_members(data):
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_inverse_of_a_single_factor_solves_the_damped_dense_system(data):
-    text, layout, shape = drawn(data)
+    _, layout, shape = drawn(data)
     if any(len(region.factors) > 1 for region in layout.regions):
-        text, layout = "| ...", Partition("| ...").layout(dict(zip("abcdefg", shape, strict=False)))
+        layout = Partition("| ...").layout(dict(zip("abcdefg", shape, strict=False)))
     recipe = Recipe("... |", root=Root(1, 0.3))
     gradients = torch.randn(1, *shape, dtype=F64)
     block, state = filled(layout, recipe, gradients)
