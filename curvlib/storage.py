@@ -37,7 +37,7 @@ class Structure:
 
 def state_specs(unit: Unit, recipe: Recipe) -> tuple[Block | None, dict[str, Spec], dict[str, str]]:
     """The block of a unit, the state of its curvature, and the state (name -> role) in its parameters' shapes."""
-    block = block_for(unit.layout, recipe)
+    block = block_for(unit.layout, recipe, bool(unit.operand.joined))
     like: dict[str, str] = {}
     if recipe.rule.momentum is not None:
         like["momentum"] = "momentum"
@@ -165,7 +165,7 @@ class Storage:
         groups: dict[Structure, list[tuple[Unit, Recipe]]] = defaultdict(list)
         for unit, recipe in units:
             check_record(unit, recipe, [state.get(one, {}) for one in unit.operand.parameters], "the state held")
-            block = block_for(unit.layout, recipe)
+            block = block_for(unit.layout, recipe, bool(unit.operand.joined))
             layout = None if block is None or block.elementwise else unit.layout
             structure = Structure(structural(recipe), layout, unit.operand.joined, unit.lead.dtype, unit.lead.device)
             groups[structure].append((unit, recipe))

@@ -111,6 +111,7 @@ def _operand(parameter: Tensor, slot: Slot, recipe: Recipe, known: Mapping[Tenso
         except ValueError as error:
             raise ValueError(f"{slot.name}: {error}") from None
     bias = slot.bias
-    if recipe.join_bias and bias is not None and bias in known and slot.inputs and bias.dtype == parameter.dtype:
+    joins = recipe.join_bias and recipe.root.exponent != 0
+    if joins and bias is not None and bias in known and slot.inputs and bias.dtype == parameter.dtype:
         return Operand((parameter, bias), slot.sizes, slot.inputs)
     return Operand((parameter,), slot.sizes)

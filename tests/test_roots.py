@@ -29,7 +29,7 @@ def oracle(matrix, damping, power):
 
 
 def job(factor, how, damping=0.0, scale=1.0):
-    n, size, _ = factor.shape
+    n = len(factor)
     root = torch.full_like(factor, 7.0)
     return RootJob(
         factor, scale, damping, how, root, torch.zeros(n, dtype=factor.dtype), torch.zeros(n, dtype=torch.int64)

@@ -27,10 +27,13 @@ __all__ = [
 ]
 
 
-def block_for(layout: Layout, recipe: Recipe) -> Block | None:
-    """The structure that a recipe means for an operand; ``None`` where the exponent is 0 and nothing is needed."""
+def block_for(layout: Layout, recipe: Recipe, joined: bool = False) -> Block | None:
+    """The structure that a recipe means for an operand; ``None`` where the exponent is 0 and nothing is needed.
+
+    Joined operands are always packed, since their parameters do not lie together.
+    """
     if recipe.root.exponent == 0:
         return None
     if recipe.block is not None:
         return recipe.block(layout, recipe)
-    return (DiagonalBlock if layout.elementwise else StandardBlock)(layout, recipe)
+    return (DiagonalBlock if layout.elementwise and not joined else StandardBlock)(layout, recipe)
