@@ -126,7 +126,9 @@ class Cohort:
     def _packed(self, groups: Sequence[Group], gate: Tensor | None) -> list[Tensor]:
         """The gradients copied into one batch; what has none counts as zero."""
         assert self.bucket.workspace is not None
-        batch = self.bucket.workspace if self.whole else self.bucket.workspace[: len(self.rows)]
+        # Several cohorts of one bucket are in flight together; only a whole bucket has the workspace to itself.
+        shape = (len(self.rows), *self.bucket.workspace.shape[1:])
+        batch = self.bucket.workspace if self.whole else self.bucket.workspace.new_empty(shape)
         members: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
         for unit, one in zip(self.units, batch, strict=True):
             windows = unit.operand.windows(one)
