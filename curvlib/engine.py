@@ -147,13 +147,13 @@ class Cohort:
         self, gradients: Tensors, parameters: list[Tensor], group: Group, gate: Tensor | None
     ) -> list[Tensor]:
         """The gradient of the mean loss to be minimised, with L2 decay where the rule says so; never in place."""
-        if gate is not None:
-            gradients = [torch.where(gate.to(one.device), one, 0.0) for one in gradients]
         factor = (-1.0 if group["maximize"] else 1.0) / group["reduction_factor"]
         if factor != 1.0:
             gradients = torch._foreach_mul(gradients, factor)
         if self.recipe.rule.decay == "l2" and group["weight_decay"] != 0:
             gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+        if gate is not None:
+            gradients = [torch.where(gate.to(one.device), one, 0.0) for one in gradients]
         return list(gradients)
 
     def root_jobs(self) -> Iterable[RootJob]:

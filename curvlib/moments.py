@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .layout import Region
 from .recipe import Damping
+from .recipe import number as as_float
 
 Weight = float | Tensor
 
@@ -123,10 +124,10 @@ def dampings(
         damping: the rule.
         blocks: how many consecutive factors belong to one parameter.
     """
-    value, k = float(damping.value), len(factors)  # type: ignore[arg-type]
+    value, k = as_float(damping.value), len(factors)
     if damping.relative_to in ("trace", "layer"):
         size = blocks if damping.relative_to == "layer" else 1
-        floor = float(damping.floor)  # type: ignore[arg-type]
+        floor = as_float(damping.floor)
         return [(value * _group_mean(mean, size)).clamp_min(floor) for mean in _means(factors, scale)]
     if damping.split == "sqrt":
         return [value ** (1 / k)] * k

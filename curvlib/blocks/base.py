@@ -30,7 +30,7 @@ class Spec:
         role: what :meth:`CurvatureOptimizer.memory` counts it as: ``"statistics"``, ``"roots"``, …
         dtype: ``None`` is the dtype of the statistics.
         fill: the initial value.
-        identity: start as identity matrices instead.
+        identity: start as identity matrices times ``fill`` instead.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Spec:
         """The initial state of n operands."""
         full = (n, *self.shape)
         if self.identity:
-            return torch.eye(self.shape[-1], dtype=self.dtype or dtype, device=device).expand(full).clone()
+            return self.fill * torch.eye(self.shape[-1], dtype=self.dtype or dtype, device=device).expand(full).clone()
         return torch.full(full, self.fill, dtype=self.dtype or dtype, device=device)
 
 

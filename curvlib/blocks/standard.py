@@ -11,6 +11,7 @@ from .. import moments
 from ..layout import Layout, Region
 from ..moments import Weight
 from ..recipe import Recipe
+from ..recipe import number as as_float
 from ..roots import How, RootJob, diagonal_root, solve
 from .base import Block, Spec, State
 
@@ -25,7 +26,7 @@ class StandardBlock(Block):
         super().__init__(layout, recipe)
         composition = recipe.moment.composition
         self._active = [_active(region, composition) for region in layout.regions]
-        self._initial = recipe.moment.initial
+        self._initial = as_float(recipe.moment.initial)
 
     def _factors(self) -> Iterator[tuple[int, Region, int, str]]:
         """(region number, region, factor number, suffix of its state) of every stored factor."""
@@ -39,7 +40,7 @@ class StandardBlock(Block):
         for _, region, number, name in self._factors():
             shape = (region.blocks, *region.factors[number].shape)
             dense = not region.factors[number].diagonal
-            specs[f"factor_{name}"] = Spec(shape)
+            specs[f"factor_{name}"] = Spec(shape, fill=self._initial, identity=dense)
             specs[f"root_{name}"] = Spec(shape, "roots", fill=1.0, identity=dense)
             if dense:
                 specs[f"residual_{name}"] = Spec((region.blocks,), "diagnostics")
@@ -147,7 +148,7 @@ def _how(recipe: Recipe, power: float, dtype: torch.dtype) -> How:
         dtype=torch.float64 if root.dtype == "float64" else dtype,
         outside=damping.outside and power > 0,
         largest=largest and power > 0,
-        floor=float(damping.floor) if largest else 0.0,  # type: ignore[arg-type]
+        floor=as_float(damping.floor) if largest else 0.0,
         tolerance=root.tolerance,
     )
 

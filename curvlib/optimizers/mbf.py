@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KERNELS
 from ..optimizer import CurvatureOptimizer
-from ..recipe import Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
+from ..recipe import Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule, check_choice
 from ..routing import Route, Table, is_kernel, is_matrix
 
 LINEAR_BLOCKS = {
@@ -148,6 +148,8 @@ def mbf(
     eps: float,
 ) -> Table:
     """Linear layers with their bias: blocks of neurons; convolutions: kernels; all else: a diagonal."""
+    if "|" not in linear_blocks:
+        check_choice("linear_blocks", linear_blocks, (*LINEAR_BLOCKS, "a partition text"))
     moment = Moment(beta=beta, debias=debias)
     root = Root(1, Damping(damping, "layer", floor=1e-30) if relative_damping else Damping(damping))
     kind: Literal["heavy-ball", "ema"] = "heavy-ball" if heavy_ball else "ema"
