@@ -14,7 +14,7 @@ from .data import DataError
 from .methods import METHODS
 from .problems import PROBLEMS
 from .records import Record
-from .study import DIGITS, Study, run_study, show
+from .study import DIGITS, MAIN, Study, run_study, show
 
 _EXAMPLES = """examples:
   python -m benchmarks study
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run = commands.add_parser("run", help="compare methods on one problem")
     run.add_argument("problem", help=f"one of: {', '.join(PROBLEMS)}")
-    run.add_argument("--methods", nargs="+", metavar="NAME", default=list(METHODS), help=f"of: {', '.join(METHODS)}")
+    run.add_argument("--methods", nargs="+", metavar="NAME", default=list(MAIN), help=f"of: {', '.join(METHODS)}")
     run.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds, from 0 (default 3)")
     run.add_argument("--epochs", type=int, metavar="N", help="budget (default: the problem's)")
     run.add_argument(

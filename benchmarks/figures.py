@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from .methods import METHODS
 from .problems import PROBLEMS
 from .records import Record
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -57,9 +58,10 @@ def curves(records: Sequence[Record]) -> Figure:
 
 def _band(records: Sequence[Record], against: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(grid, least, median, largest) over runs, each interpolated on the part of the axis that all of them cover."""
-    runs = [[(getattr(point, against), point.train) for point in record.points] for record in records]
-    grid = np.linspace(0, min(run[-1][0] for run in runs), _POINTS)
-    values = np.stack([np.interp(grid, *zip(*run, strict=True)) for run in runs])
+    places = [np.array([getattr(point, against) for point in record.points], float) for record in records]
+    losses = [np.array([point.train for point in record.points]) for record in records]
+    grid = np.linspace(0.0, min(place[-1] for place in places), _POINTS)
+    values = np.stack([np.interp(grid, place, loss) for place, loss in zip(places, losses, strict=True)])
     return grid, values.min(0), np.median(values, 0), values.max(0)
 
 

@@ -47,9 +47,8 @@ class Study:
         ]
 
 
-DIGITS = Study(
-    "Four optimizers on handwritten digits", ("digits-autoencoder", "digits-cnn"), tuple(METHODS), seeds=(0, 1, 2)
-)
+MAIN = ("mbf", "shampoo", "adam", "sgd")
+DIGITS = Study("Four optimizers on handwritten digits", ("digits-autoencoder", "digits-cnn"), MAIN, seeds=(0, 1, 2))
 
 
 def run_study(study: Study, folder: Path, source: Path | None, console: Console) -> list[Record]:
