@@ -78,7 +78,7 @@ def execute(spec: Spec, data: Data, folder: Path, progress: Progress | None = No
     problem, method = PROBLEMS[spec.problem], METHODS[spec.method]
     steps = steps_of(problem, data, spec.epochs)
     settings = dict(spec.settings)
-    warm_start = settings.pop("warm_start", False)
+    warms = settings.pop("warm_start", False)
     torch.manual_seed(spec.seed)
     model = problem.build()
     optimizer = method.optimizer(model, settings)
@@ -86,8 +86,8 @@ def execute(spec: Spec, data: Data, folder: Path, progress: Progress | None = No
     run = _load(checkpoint, model, optimizer)
     status = "finished"
     try:
-        if run.step == 0 and warm_start:
-            _warm_start(problem, model, optimizer, data.train, spec.seed)
+        if run.step == 0 and warms:
+            warm_start(problem, model, optimizer, data.train, spec.seed)
         status = _train(run, problem, model, optimizer, data, steps, spec, checkpoint, progress)
     except KeyboardInterrupt:
         _save(checkpoint, run, model, optimizer)
@@ -162,8 +162,8 @@ def batches(split: Split, size: int, seed: int, start: int, stop: int) -> Iterat
         yield Split(split.inputs[chosen], split.labels[chosen])
 
 
-def _warm_start(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, train: Split, seed: int) -> None:
-    """The authors' pass over the data with labels sampled from the model."""
+def warm_start(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, train: Split, seed: int) -> None:
+    """The MBF authors' pass over the data with labels sampled from the model."""
     if not isinstance(optimizer, curvlib.CurvatureOptimizer):
         raise TypeError(f"{type(optimizer).__name__} has no warm start")
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,116 @@
+"""Data: IDX files read exactly, and every damage named."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import data
+from benchmarks.data import DataError, digits, mnist, read_idx
+
+
+def idx(array, magic=b"\x00\x00\x08"):
+    return magic + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def images():
+    return np.arange(24).reshape(2, 3, 4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_is_read_as_it_was_written(tmp_path, images, packed):
+    file = tmp_path / ("images-idx3-ubyte" + (".gz" if packed else ""))
+    file.write_bytes(gzip.compress(idx(images)) if packed else idx(images))
+    assert torch.equal(read_idx(file, (2, 3, 4)), torch.from_numpy(images).to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: content[:-1], "it is truncated or damaged"),
+        (lambda content: content + b"\x00", "it is truncated or damaged"),
+        (lambda content: b"\x00\x00\x0d" + content[3:], "is no IDX file of unsigned bytes with 3 dimensions"),
+        (lambda content: content[:2], "is no IDX file"),
+        (lambda content: content[:4] + struct.pack(">I", 9) + content[8:], "holds [9, 3, 4], expected [2, 3, 4]"),
+    ],
+)
+def test_damage_is_named_with_its_file(tmp_path, images, damage, words):
+    file = tmp_path / "images-idx3-ubyte"
+    file.write_bytes(damage(idx(images)))
+    with pytest.raises(DataError) as caught:
+        read_idx(file, (2, 3, 4))
+    assert words in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_truncated_archive_says_how_to_go_on(tmp_path, images):
+    file = tmp_path / "images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(idx(images))[:-10])
+    with pytest.raises(DataError, match=r"cannot be read.*leave out --data to download"):
+        read_idx(file, (2, 3, 4))
+
+
+def test_missing_files_name_the_places_that_were_searched(tmp_path):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is not in .*leave out --data"):
+        mnist(tmp_path)
+
+
+@pytest.mark.parametrize("where", [".", "raw", "MNIST/raw"])
+def test_files_are_found_where_people_keep_them(tmp_path, where, monkeypatch):
+    folder = tmp_path / where
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "train-labels-idx1-ubyte"
+    file.write_bytes(b"")
+    assert data._find(tmp_path, "train-labels-idx1-ubyte.gz") == file
+
+
+def test_without_a_network_the_message_names_the_way_out(monkeypatch, tmp_path):
+    import pooch
+
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(pooch, "retrieve", fail)
+    monkeypatch.setenv("CURVLIB_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match=r"could not download .*no route to host; with --data DIR"):
+        mnist(None)
+
+
+def test_downloads_are_verified(monkeypatch, tmp_path):
+    import pooch
+
+    asked = {}
+    monkeypatch.setattr(
+        pooch, "retrieve", lambda url, known_hash, **rest: asked.update({url: known_hash}) or str(tmp_path / "x")
+    )
+    monkeypatch.setenv("CURVLIB_CACHE", str(tmp_path))
+    data._download("t10k-labels-idx1-ubyte.gz")
+    ((url, known),) = asked.items()
+    assert url.endswith("/mnist/t10k-labels-idx1-ubyte.gz")
+    assert known == "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+
+
+def test_digits_are_split_and_scaled():
+    loaded = digits()
+    assert (len(loaded.train), len(loaded.test)) == (1437, 360)
+    assert loaded.train.inputs.shape[1:] == (64,)
+    assert (loaded.train.inputs.min(), loaded.train.inputs.max()) == (0, 1)
+    assert loaded.test.labels.unique().tolist() == list(range(10))
+
+
+@pytest.mark.skipif(not os.environ.get("CURVLIB_DATA"), reason="CURVLIB_DATA is not set")
+def test_real_mnist():
+    folder = Path(os.environ["CURVLIB_DATA"])
+    if not any(folder.glob("**/train-images-idx3-ubyte*")):
+        pytest.skip(f"{folder} has no MNIST")
+    loaded = mnist(folder)
+    assert (len(loaded.train), len(loaded.test)) == (60000, 10000)
+    assert loaded.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert abs(loaded.train.inputs.mean().item() - 0.1307) < 1e-4
