@@ -69,7 +69,7 @@ def measure(folder: Path | None, steps: Sequence[int], seed: int = 0) -> Iterato
     model = problem.build()
     optimizer = curvlib.MBF(model, **PUBLISHED)
     warm_start(problem, model, optimizer, train, seed)
-    layers = [module for module in model if isinstance(module, nn.Linear)]
+    layers = [module for module in model.children() if isinstance(module, nn.Linear)]
     layouts = {
         (layer, name): curvlib.Partition(LINEAR_BLOCKS[name]).layout(
             {"o": layer.out_features, "i": layer.in_features}, ("i",)

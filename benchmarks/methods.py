@@ -51,7 +51,7 @@ class Method:
         return self.build(model, **settings)
 
 
-_PER_INPUT = {"linear_blocks": "input-averaged", "damping": 10.0}
+_PER_INPUT = {"linear_blocks": "input-averaged"}
 _PUBLISHED = {**PUBLISHED, "warm_start": True}
 
 METHODS = {
