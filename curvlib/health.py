@@ -44,7 +44,7 @@ def check_finite(named: Sequence[tuple[str, Tensor]], mode: str, masked: dict[st
         return None
     largest = torch._foreach_norm([gradient for _, gradient in named], torch.inf)
     device = largest[0].device
-    finite = torch.stack([one.to(device).isfinite() for one in largest])
+    finite = torch.stack([one.to(device, torch.float64) for one in largest]).isfinite()
     if mode == "raise" or (mode == "auto" and device.type == "cpu"):
         if not finite.all():
             flags = finite.tolist()

@@ -9,14 +9,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from .partition import Partition
-
-if TYPE_CHECKING:
-    from .blocks.base import Block
 
 Number = float | Callable[[int], float]
 T = TypeVar("T")
@@ -310,7 +307,8 @@ class Recipe:
         axes: names for the parameter's dimensions instead of its layer's, which may split them: ``"(head d) i"``.
         sizes: sizes of split axes, e.g. ``{"head": 12}``.
         join_bias: treat a layer's bias as one more input column of its weight, where the layer is known.
-        block: a structure that is more than a partition; ``None`` is the standard block.
+        block: a structure that is more than a partition, a subclass of :class:`curvlib.blocks.Block`; ``None`` is the
+            standard block.
 
     Raises:
         ValueError, PartitionError: naming the parameter, the value and what is allowed.
@@ -324,7 +322,7 @@ class Recipe:
     axes: str | None = None
     sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
     join_bias: bool = False
-    block: type[Block] | None = None
+    block: type | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.partition, Partition):

@@ -35,5 +35,7 @@ def block_for(layout: Layout, recipe: Recipe, joined: bool = False) -> Block | N
     if recipe.root.exponent == 0:
         return None
     if recipe.block is not None:
+        if not issubclass(recipe.block, Block):
+            raise TypeError(f"block must be a subclass of curvlib.blocks.Block, got {recipe.block!r}")
         return recipe.block(layout, recipe)
     return (DiagonalBlock if layout.elementwise and not joined else StandardBlock)(layout, recipe)
