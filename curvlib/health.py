@@ -42,17 +42,24 @@ def check_finite(named: Sequence[tuple[str, Tensor]], mode: str, masked: dict[st
     named = [(name, gradient) for name, gradient in named if gradient.numel()]
     if not named:
         return None
-    largest = torch._foreach_norm([gradient for _, gradient in named], torch.inf)
-    device = largest[0].device
-    finite = torch.stack([one.to(device, torch.float64) for one in largest]).isfinite()
-    if mode == "raise" or (mode == "auto" and device.type == "cpu"):
-        if not finite.all():
-            flags = finite.tolist()
-            raise NonFiniteGradient([name for (name, _), good in zip(named, flags, strict=True) if not good])
+    gradients = [gradient for _, gradient in named]
+    if mode == "raise" or (mode == "auto" and gradients[0].device.type == "cpu"):
+        # A finite Euclidean norm is the quickest proof; only a square that overflows needs a second look.
+        if not _finite(gradients, 2).all():
+            flags = _finite(gradients, torch.inf).tolist()
+            if not all(flags):
+                raise NonFiniteGradient([name for (name, _), good in zip(named, flags, strict=True) if not good])
         return None
+    finite = _finite(gradients, torch.inf)
     for (name, _), good in zip(named, finite, strict=True):
         masked[name] = masked.get(name, 0) + ~good
     return finite.all()
+
+
+def _finite(gradients: list[Tensor], order: float) -> Tensor:
+    """Whether the norm of each gradient is finite, on the first one's device."""
+    norms = torch._foreach_norm(gradients, order)
+    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite()
 
 
 @dataclass(frozen=True)

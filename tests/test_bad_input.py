@@ -186,6 +186,14 @@ def test_a_non_finite_gradient_is_reported_by_name_before_anything_changes(name,
     optimizer.step()
 
 
+def test_a_huge_but_finite_gradient_is_no_error():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = curvlib.SGD([weight], lr=1e-38)
+    weight.grad = torch.full((2,), 1e38)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((2,), -1.0))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_an_empty_batch_has_zero_gradients_and_moves_nothing_at_first(name):
     model = nn.Linear(3, 2)
