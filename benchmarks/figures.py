@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from .methods import METHODS
 from .problems import PROBLEMS
@@ -43,8 +44,9 @@ def curves(records: Sequence[Record]) -> Figure:
         for axes in (left, right):
             axes.axhline(problem.target, color="0.4", linewidth=0.8)
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(4, 1)))
-            axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(4, 1)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            # Between powers of ten labels stand only where the axis spans little more than one.
+            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.6)))
             axes.set_xlim(left=0)
         left.annotate(
             "target", (1, problem.target), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8

@@ -17,13 +17,13 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ec; --paper: #15181c; --line: #363c44; --soft: #9aa4af; --card: #1d2126; }
 }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem;
   margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { margin-top: 2.6rem; font-size: 1.25rem; }
 p.lead, figcaption, .source { color: var(--soft); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
 figure { margin: 1.2rem 0; } figure svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 details { background: var(--card); border-radius: 6px; padding: .5rem .9rem; margin: .6rem 0; }
@@ -67,7 +67,8 @@ The left panel compares progress for each step, the right one for each second of
 
 
 def _page(title: str, sections: str, records: Sequence[Record]) -> str:
-    runs = "".join(_details(record) for record in records)
+    ordered = sorted(records, key=lambda one: (one.spec.problem, one.spec.method, one.spec.seed))
+    runs = "".join(_details(record) for record in ordered)
     environments = {json.dumps(dict(record.environment), sort_keys=True) for record in records}
     shown = "".join(f"<pre>{html.escape(json.dumps(json.loads(one), indent=1))}</pre>" for one in sorted(environments))
     return f"""<!doctype html>

@@ -125,7 +125,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def _range(values: tuple[float, float, float]) -> str:
-    middle, low, high = ("∞" if math.isinf(value) else f"{value:.4g}" for value in values)
+    middle, low, high = ("∞" if math.isinf(value) else f"{value:.3g}" for value in values)
     return f"{middle} ({low} to {high})"
 
 
