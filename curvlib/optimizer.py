@@ -106,13 +106,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         group.update({name: schedule(self._steps) for name, schedule in schedules.items()})
         group["steps"] = self._steps
         self._schedules.append(schedules)
+        self._units = None
         try:
             self._check_group(group)
+            if self._cache is not None:  # the constructor looks at all groups together, when it knows the model
+                self._all_units()
         except (ValueError, TypeError):
             self.param_groups.pop()
             self._schedules.pop()
+            self._units = None
             raise
-        self._units = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name, parameter in zip(group.get("param_names", group["params"]), group["params"], strict=True):
@@ -232,12 +235,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         units, tables = self._all_units(), self._tables()
         return {unit: tables[unit.groups[0]][unit.route].recipe for unit in units}
 
-    def _bind(self, active: list[Unit]) -> dict[Unit, Recipe]:
-        """Make sure that everything active has packed state; returns every unit's recipe."""
+    def _bind(self, active: Sequence[Unit] = ()) -> dict[Unit, Recipe]:
+        """Make sure that what is active, or has a record, has packed state; returns every unit's recipe."""
         recipes = self._recipes()
-        if not self._storage.holds(active, self.state):
-            wanted = set(active)
-            members = [unit for unit in recipes if unit in wanted or self.state.get(unit.lead)]
+        wanted = set(active)
+        members = [unit for unit in recipes if unit in wanted or unit.lead in self.state]
+        if not self._storage.holds(members, self.state):
             self._storage.bind([(unit, recipes[unit]) for unit in members], self.state)
         return recipes
 
@@ -307,10 +310,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             ValueError: where there is none.
         """
         parameter = target if isinstance(target, Tensor) else next(iter(target.parameters(recurse=False)), None)
+        recipes = self._bind()
         for bucket in self._storage.buckets:
             for row, unit in enumerate(bucket.units):
                 if unit.lead is parameter and bucket.block is not None:
-                    recipe = self._recipes()[unit]
+                    recipe = recipes[unit]
                     state = {name: value[row : row + 1] for name, value in bucket.state.items() if name in bucket.specs}
                     scale = recipe.moment.scale(int(bucket.counters[row, 1]))
                     dense = bucket.block.dense(state, recipe, scale)[0]
@@ -328,10 +332,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def health(self) -> Health:
         """Refreshed residuals, kept roots and masked steps, by parameter name."""
+        self._bind()
         return health_of(self._storage.buckets, self._masked)
 
     def memory(self) -> dict[str, int]:
         """Bytes of optimizer state by role: statistics, roots, momentum, …; ``workspace`` holds packed gradients."""
+        self._bind()
         total: dict[str, int] = {}
         for bucket in self._storage.buckets:
             for role, size in bucket.nbytes().items():

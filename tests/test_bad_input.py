@@ -281,6 +281,8 @@ def test_a_group_that_is_refused_leaves_no_trace():
     optimizer = curvlib.Shampoo([weights[0]])
     with pytest.raises(ValueError, match="lr must be"):
         optimizer.add_param_group({"params": [weights[1]], "lr": -1.0})
+    with pytest.raises(ValueError, match="block_size must be"):
+        optimizer.add_param_group({"params": [weights[1]], "block_size": -1})
     assert len(optimizer.param_groups) == 1
     weights[0].grad = torch.ones(2, 2)
     optimizer.step()

@@ -402,6 +402,17 @@ def test_curvature_rows_are_the_parameters_row_major_order_with_the_bias_last():
     torch.testing.assert_close(optimizer.curvature(layer.weight), optimizer.curvature(layer))
 
 
+def test_what_an_optimizer_knows_is_known_after_loading():
+    model = network()
+    optimizer = curvlib.Shampoo(model)
+    train(model, optimizer, range(2))
+    again = curvlib.Shampoo(model)
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    torch.testing.assert_close(again.curvature(model[5].weight), optimizer.curvature(model[5].weight))
+    assert again.memory() == optimizer.memory()
+    assert again.health() == optimizer.health()
+
+
 def test_names_come_from_the_model_or_the_pairs_or_the_place():
     model = network()
     assert next(iter(curvlib.Adam(model).routing())) == "1.weight"
