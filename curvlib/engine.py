@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import roots, rules
 from .moments import Weight
+from .precision import flush_subnormals_
 from .recipe import Clip, Recipe, number, period
 from .roots import RootJob
 from .rules import Tensors, gated
@@ -94,6 +95,8 @@ class Cohort:
         self.reference = self.gradient
         if momentum is not None and not momentum.after:
             self.reference = rules.apply_momentum(self.state["momentum"], self.gradient, momentum, self.step, gate)
+            if self.bucket.packed:
+                flush_subnormals_(self.state["momentum"][0])
         if self.bucket.block is not None and self.recipe.schedule.takes_statistics(self.step):
             keep, gain = self.recipe.moment.weights(self.updates)
             source = self.reference if self.recipe.moment.of == "momentum" else self.gradient
@@ -141,7 +144,7 @@ class Cohort:
         for group, entries in members.items():
             places, gradients, parameters = (list(column) for column in zip(*entries, strict=True))
             torch._foreach_copy_(places, self._prepared(gradients, parameters, groups[group], gate))
-        return [batch]
+        return [flush_subnormals_(batch)]
 
     def _prepared(
         self, gradients: Tensors, parameters: list[Tensor], group: Group, gate: Tensor | None

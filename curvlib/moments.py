@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import Region
+from .precision import flush_subnormals_
 from .recipe import Damping
 from .recipe import number as as_float
 
@@ -75,6 +76,7 @@ def accumulate(factor: Tensor, block: Tensor, number: int, keep: Weight, gain: W
         factor.mul_(keep).addcmul_(x_gain, x.mT, value=alpha)
     else:
         factor.baddbmm_(x_gain, x.mT, beta=keep, alpha=alpha)
+    flush_subnormals_(factor)
 
 
 def trace(factor: Tensor) -> Tensor:

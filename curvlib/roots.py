@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import flush_subnormals_
+
 _JITTER = 1e-6
 _WORKSPACE = 1 << 24  # entries of one chunk of a batched solve
 Solution = tuple[Tensor, Tensor]
@@ -122,6 +124,7 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
     for job in jobs:
         mine = slice(first, first := first + job.factor.shape[0])
         job.root.copy_(torch.where(good[mine, None, None], root[mine].to(job.root.dtype), job.root))
+        flush_subnormals_(job.root)
         job.residual.copy_(residual[mine])
         job.kept.add_(~good[mine])
 
