@@ -94,9 +94,8 @@ class Cohort:
         momentum = self.recipe.rule.momentum
         self.reference = self.gradient
         if momentum is not None and not momentum.after:
-            self.reference = rules.apply_momentum(self.state["momentum"], self.gradient, momentum, self.step, gate)
-            if self.bucket.packed:
-                flush_subnormals_(self.state["momentum"][0])
+            buffer, packed = self.state["momentum"], self.bucket.packed
+            self.reference = rules.apply_momentum(buffer, self.gradient, momentum, self.step, packed, gate)
         if self.bucket.block is not None and self.recipe.schedule.takes_statistics(self.step):
             keep, gain = self.recipe.moment.weights(self.updates)
             source = self.reference if self.recipe.moment.of == "momentum" else self.gradient
@@ -185,7 +184,7 @@ class Cohort:
                 direction, self.reference, self.gradient, second, rule.grafting, self.step, packed, gate
             )
         if rule.momentum is not None and rule.momentum.after:
-            direction = rules.apply_momentum(self.state["momentum"], direction, rule.momentum, self.step, gate)
+            direction = rules.apply_momentum(self.state["momentum"], direction, rule.momentum, self.step, packed, gate)
         return direction
 
     def pieces(self, direction: Tensors) -> Iterable[Piece]:

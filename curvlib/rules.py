@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .moments import Weight
+from .precision import flush_subnormals_
 from .recipe import Clip, Grafting, Momentum, number
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -26,7 +27,9 @@ def gated(value: float, neutral: float, gate: Tensor | None) -> Weight:
     return torch.where(gate, wanted, harmless)
 
 
-def apply_momentum(buffer: Tensors, value: Tensors, rule: Momentum, step: int, gate: Tensor | None) -> Tensors:
+def apply_momentum(
+    buffer: Tensors, value: Tensors, rule: Momentum, step: int, packed: bool, gate: Tensor | None
+) -> Tensors:
     """Average ``value`` into ``buffer`` and return what is to be used in its place.
 
     Args:
@@ -34,6 +37,7 @@ def apply_momentum(buffer: Tensors, value: Tensors, rule: Momentum, step: int, g
         value: gradients or directions; not changed.
         rule: kind and strength.
         step: from 0.
+        packed: see the module; a packed average is about to be multiplied by matrices, and is kept from subnormals.
         gate: see the module.
     """
     beta = number(rule.beta)
@@ -41,6 +45,8 @@ def apply_momentum(buffer: Tensors, value: Tensors, rule: Momentum, step: int, g
     gain = 1.0 if first else 1 - (beta if rule.kind == "ema" else number(rule.dampening))
     torch._foreach_mul_(buffer, gated(beta, 1.0, gate))
     torch._foreach_add_(buffer, value, alpha=gain)
+    for one in buffer if packed else ():
+        flush_subnormals_(one)
     result: Tensors = buffer
     if rule.nesterov:
         ahead = gain if rule.kind == "ema" else 1.0

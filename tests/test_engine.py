@@ -265,6 +265,24 @@ def test_statistics_ignore_autocast_and_the_global_matmul_precision():
     assert torch.equal(weights[0], weights[1])
 
 
+@pytest.mark.parametrize("make", [curvlib.MBF, curvlib.Shampoo])
+def test_averages_that_fade_become_zero_and_never_subnormal(make):
+    weight = nn.Parameter(torch.ones(4, 3))
+    optimizer = make([weight], lr=0.0, beta=0.8, momentum=0.8, refresh_every=50)
+    tiny = torch.finfo(torch.float32).tiny
+    for step in range(600):
+        weight.grad = torch.zeros(4, 3)
+        weight.grad[0] = 1.0
+        if step == 0:
+            weight.grad[1:] = 1.0
+        optimizer.step()
+        for name, value in optimizer.state[weight].items():
+            if name.startswith(("factor", "root", "momentum")):
+                assert not ((value != 0) & (value.abs() < tiny)).any(), (step, name)
+    assert not optimizer.state[weight]["momentum"][1:].any()
+    assert optimizer.state[weight]["momentum"][0].all()
+
+
 def test_settings_that_change_a_structure_in_mid_training_are_refused():
     weight = nn.Parameter(torch.randn(4, 3))
     optimizer = curvlib.Shampoo([weight])
