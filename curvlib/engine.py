@@ -50,6 +50,7 @@ class Cohort:
         recipe: with this step's numbers.
         step: steps taken so far.
         updates: statistics averaged so far.
+        warm: whether these began with a warm start.
     """
 
     bucket: Bucket
@@ -57,6 +58,7 @@ class Cohort:
     recipe: Recipe
     step: int
     updates: int
+    warm: bool
     state: dict[str, Any] = field(init=False)
     gradient: Tensors = field(init=False)
     reference: Tensors = field(init=False)
@@ -167,7 +169,7 @@ class Cohort:
     @property
     def scale(self) -> float:
         """What the stored average is multiplied by."""
-        return self.recipe.moment.scale(self.updates)
+        return self.recipe.moment.scale(self.updates, self.warm)
 
     def direct(self, gate: Tensor | None) -> Tensors:
         """The directions: precondition, graft, average."""
@@ -209,14 +211,17 @@ def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def cohorts(bucket: Bucket, recipes: Mapping[Unit, Recipe]) -> list[Cohort]:
     """The active units of a bucket, grouped by what must be equal for one call."""
-    members: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    members: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     chosen: dict[int, Recipe] = {}
-    for row, (unit, (step, updates)) in enumerate(zip(bucket.units, bucket.counters.tolist(), strict=True)):
+    for row, (unit, (step, updates, warm)) in enumerate(zip(bucket.units, bucket.counters.tolist(), strict=True)):
         if unit.active():
             recipe = recipes[unit]
             chosen[id(recipe)] = recipe
-            members[id(recipe), step, updates].append(row)
-    return [Cohort(bucket, rows, chosen[recipe], step, updates) for (recipe, step, updates), rows in members.items()]
+            members[id(recipe), step, updates, warm].append(row)
+    return [
+        Cohort(bucket, rows, chosen[recipe], step, updates, bool(warm))
+        for (recipe, step, updates, warm), rows in members.items()
+    ]
 
 
 def advance(
@@ -243,7 +248,7 @@ def advance(
         _update(cohort, pieces, groups, gate, shrink.get(cohort.recipe.rule.clip))
         cohort.settle()
         counters = cohort.bucket.counters
-        counters[cohort.rows] = torch.tensor([cohort.step + 1, cohort.updates])
+        counters[cohort.rows] = torch.tensor([cohort.step + 1, cohort.updates, int(cohort.warm)])
 
 
 def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:
@@ -334,4 +339,4 @@ def warm(
             gradient = cohort.gradients(groups, gate)
             cohort.update(gradient, gated(seen / (seen + 1), 1.0, gate), gated(1 / (seen + 1), 0.0, gate))
             cohort.settle()
-            bucket.counters[cohort.rows, 1] = cohort.updates
+            bucket.counters[cohort.rows] = torch.tensor([cohort.step, cohort.updates, 1])

@@ -16,7 +16,7 @@ from .layers import Slot, describe
 from .precision import full_precision
 from .recipe import Recipe, check_choice, check_number, resolve
 from .routing import Route, Table, as_table
-from .storage import Storage, check_record, structural
+from .storage import COUNTERS, Storage, check_record, structural
 from .units import Unit, build_units
 
 Tables = Callable[..., Table]
@@ -316,7 +316,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 if unit.lead is parameter and bucket.block is not None:
                     recipe = recipes[unit]
                     state = {name: value[row : row + 1] for name, value in bucket.state.items() if name in bucket.specs}
-                    scale = recipe.moment.scale(int(bucket.counters[row, 1]))
+                    _, updates, warm = bucket.counters[row].tolist()
+                    scale = recipe.moment.scale(updates, bool(warm))
                     dense = bucket.block.dense(state, recipe, scale)[0]
                     index = torch.arange(dense.shape[0]).view(unit.layout.shape)
                     order = torch.cat([window.flatten() for window in unit.operand.windows(index)]).to(dense.device)
@@ -380,7 +381,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         for parameter, number in zip(parameters, numbers, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
-                    device = "cpu" if name in ("step", "updates") else parameter.device
+                    device = "cpu" if name in COUNTERS else parameter.device
                     self.state[parameter][name] = value.detach().clone().to(device)
         for group in self.param_groups:
             for name, value in self.defaults.items():

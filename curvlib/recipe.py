@@ -97,9 +97,12 @@ class Moment:
             return 1.0, 1.0
         return updates / (updates + 1), 1 / (updates + 1)
 
-    def scale(self, updates: int) -> float:
-        """What the stored average is multiplied by, after ``updates`` updates, to undo its bias towards the start."""
-        if not (self.debias and self.average == "ema" and updates):
+    def scale(self, updates: int, warm: bool = False) -> float:
+        """What the stored average is multiplied by, after ``updates`` updates, to undo its bias towards the start.
+
+        An average that was warm-started has none.
+        """
+        if warm or not (self.debias and self.average == "ema" and updates):
             return 1.0
         return 1.0 / (1.0 - number(self.beta) ** updates)
 
@@ -117,7 +120,7 @@ class Damping:
         relative_to: ``None``: λ = δ; ``"trace"``: δ times the mean eigenvalue of the factor; ``"layer"``: δ times the mean
             of that over all blocks of the parameter, so that blocks without signal are not blown up; ``"largest"``: δ times
             the largest eigenvalue of the factor.
-        floor: least λ of a relative damping.
+        floor: least λ of a relative damping. Without it a factor that has no signal yet is not preconditioned.
         split: for k factors whose product should be damped by δ: ``None``: every factor gets λ; ``"sqrt"``: δ^(1/k);
             ``"pi"``: δ^(1/k) times the factor's mean eigenvalue over the geometric mean of all (Martens & Grosse 2015,
             §6.3, where k = 2).

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from .precision import flush_subnormals_
 
+SILENT = 1e-30
+"""A factor whose relative damping is no larger has no signal yet; its inverse would leave the range of float32."""
+
 _JITTER = 1e-6
 _WORKSPACE = 1 << 24  # entries of one chunk of a batched solve
 Solution = tuple[Tensor, Tensor]
@@ -38,7 +41,8 @@ class How:
         dtype: dtype of the solve.
         outside: the damping is added to the denominator, outside the power.
         largest: the damping is a multiple of the largest eigenvalue, at least ``floor``.
-        floor: least damping where it is relative to the largest eigenvalue.
+        floor: where the damping is relative, its least value. A relative damping below :data:`SILENT` means that the
+            factor has no signal yet: its root is the identity. ``None`` where the damping is absolute.
         tolerance: largest residual of a root that is used.
     """
 
@@ -47,7 +51,7 @@ class How:
     dtype: torch.dtype
     outside: bool = False
     largest: bool = False
-    floor: float = 0.0
+    floor: float | None = None
     tolerance: float = 0.1
 
 
@@ -179,6 +183,9 @@ def _judged(root: Tensor, residual: Tensor) -> Solution:
 def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+    if how.floor is not None:
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        damped = torch.where(damping[:, None, None] > SILENT, damped, identity)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if matrix.device.type == "cpu":
         root = torch.cholesky_inverse(lower)
@@ -195,8 +202,10 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     values, vectors = _eigendecomposition(matrix)
     positive = values.clamp_min(0)
     if how.largest:
-        damping = (damping * positive[:, -1]).clamp_min(how.floor)
+        damping = (damping * positive[:, -1]).clamp_min(how.floor or 0.0)
     powered = diagonal_root(positive, damping[:, None], how.power, how.outside)
+    if how.floor is not None:
+        powered = torch.where(damping[:, None] > SILENT, powered, 1.0)
     root = (vectors * powered[:, None, :]) @ vectors.mT
     probe = _probe(matrix)
     image = matrix @ probe

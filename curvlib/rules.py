@@ -89,7 +89,10 @@ def graft(
         torch._foreach_add_(denominator, number(rule.eps))
         target = torch._foreach_div(reference, denominator)
     wanted, present = operand_norms(target, packed), operand_norms(direction, packed)
-    ratios = [torch.where(have > 0, want / have, 0.0) for want, have in zip(wanted, present, strict=True)]
+    ratios = [
+        torch.where(have > 0, want / have, 0.0).to(one.dtype)
+        for want, have, one in zip(wanted, present, direction, strict=True)
+    ]
     if packed:
         ratios = [ratio.view(-1, *[1] * (one.ndim - 1)) for ratio, one in zip(ratios, direction, strict=True)]
     scaled: Tensors = torch._foreach_mul(direction, ratios)
@@ -98,9 +101,11 @@ def graft(
 
 def operand_norms(tensors: Tensors, packed: bool) -> list[Tensor]:
     """The Frobenius norm of every operand: ``[n]`` for a packed tensor, 0-d otherwise."""
+    # Sums of squares are taken in double precision: an almost undamped direction may be large before it is grafted.
     if packed:
-        return [one.flatten(1).norm(dim=1) if one.ndim > 1 else one.abs() for one in tensors]
-    return [one.norm() for one in tensors]
+        flat = [one.flatten(1) if one.ndim > 1 else one[:, None] for one in tensors]
+        return [torch.linalg.vector_norm(one, dim=1, dtype=torch.float64) for one in flat]
+    return [torch.linalg.vector_norm(one, dtype=torch.float64) for one in tensors]
 
 
 def clip_scale(clip: Clip, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], Weight]]) -> Tensor:

@@ -17,6 +17,8 @@ from .recipe import Recipe, Schedule
 from .units import Unit
 
 Record = dict[str, Any]
+COUNTERS = ("step", "updates", "warm")
+"""What is counted for every unit: steps, statistics averaged, and whether these began with a warm start."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Bucket:
         self.block, self.specs, self.like = state_specs(units[0], recipe)
         self.packed = self.block is not None and not self.block.elementwise
         n, dtype, device = len(units), structure.dtype, structure.device
-        # step and updates of every unit, on the host: no schedule ever waits for a device.
-        self.counters = torch.zeros(n, 2, dtype=torch.int64)
+        # COUNTERS of every unit, on the host: no schedule ever waits for a device.
+        self.counters = torch.zeros(n, len(COUNTERS), dtype=torch.int64)
         self.state: State = {}
         for name, spec in self.specs.items():
             self.state[name] = spec.create(n, dtype, device) if self.packed else self._own_tensors(dtype, spec.fill)
@@ -78,7 +80,7 @@ class Bucket:
     def records(self) -> Iterator[tuple[Tensor, Record]]:
         """The record of every parameter: views of this bucket's state."""
         for row, unit in enumerate(self.units):
-            lead: Record = {"step": self.counters[row, 0], "updates": self.counters[row, 1]}
+            lead: Record = {name: self.counters[row, column] for column, name in enumerate(COUNTERS)}
             for name in self.specs:
                 lead[name] = self.state[name][row]
             yield from zip(unit.operand.parameters, self._shared(row, unit, lead), strict=True)
@@ -133,7 +135,7 @@ def check_record(unit: Unit, recipe: Recipe, records: Iterable[Mapping[str, Any]
         sizes = dict.fromkeys(like, parameter.numel())
         if parameter is unit.lead:
             sizes.update({name: math.prod(spec.shape) for name, spec in specs.items()})
-        found = {name: torch.as_tensor(record[name]).numel() for name in record if name not in ("step", "updates")}
+        found = {name: torch.as_tensor(record[name]).numel() for name in record if name not in COUNTERS}
         if found != sizes:
             raise ValueError(
                 f"{source} belongs to another recipe or model: {slot.name} should have {_listed(sizes)}, "

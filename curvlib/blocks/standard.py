@@ -12,7 +12,7 @@ from ..layout import Layout, Region
 from ..moments import Weight
 from ..recipe import Recipe
 from ..recipe import number as as_float
-from ..roots import How, RootJob, diagonal_root, solve
+from ..roots import SILENT, How, RootJob, diagonal_root, solve
 from .base import Block, Spec, State
 
 
@@ -148,7 +148,7 @@ def _how(recipe: Recipe, power: float, dtype: torch.dtype) -> How:
         dtype=torch.float64 if root.dtype == "float64" else dtype,
         outside=damping.outside and power > 0,
         largest=largest and power > 0,
-        floor=as_float(damping.floor) if largest else 0.0,
+        floor=as_float(damping.floor) if damping.relative_to is not None and power > 0 else None,
         tolerance=root.tolerance,
     )
 
@@ -161,8 +161,11 @@ def _rows(value: Tensor | float, factor: Tensor) -> Tensor:
 def _diagonal(factor: Tensor, scale: Tensor | float, damping: Tensor | float, how: How) -> Tensor:
     value = factor * (scale[:, None] if isinstance(scale, Tensor) else scale)
     if how.largest:
-        damping = (damping * value.amax(-1)).clamp_min(how.floor)
-    return diagonal_root(value, damping[:, None] if isinstance(damping, Tensor) else damping, how.power, how.outside)
+        damping = (damping * value.amax(-1)).clamp_min(how.floor or 0.0)
+    if not isinstance(damping, Tensor):
+        return diagonal_root(value, damping, how.power, how.outside)
+    root = diagonal_root(value, damping[:, None], how.power, how.outside)
+    return root if how.floor is None else torch.where(damping[:, None] > SILENT, root, 1.0)
 
 
 def mode_product(block: Tensor, root: Tensor, number: int) -> Tensor:

@@ -151,7 +151,7 @@ def mbf(
     if "|" not in linear_blocks:
         check_choice("linear_blocks", linear_blocks, (*LINEAR_BLOCKS, "a partition text"))
     moment = Moment(beta=beta, debias=debias)
-    root = Root(1, Damping(damping, "layer", floor=1e-30) if relative_damping else Damping(damping))
+    root = Root(1, Damping(damping, "layer") if relative_damping else Damping(damping))
     kind: Literal["heavy-ball", "ema"] = "heavy-ball" if heavy_ball else "ema"
     rule = Rule(
         Momentum(momentum, kind, debias=not heavy_ball),

@@ -25,7 +25,7 @@ from ..routing import Route, Table, is_kernel, is_vector
 
 Kernels = Literal["separate", "merged", "inputs"]
 _KERNELS = {
-    "separate": "| ,...{cut}",
+    "separate": "| o{cut}, i{cut}, ,k...{cut}",
     "merged": "| o{cut}, i{cut}, k...",
     "inputs": "| o{cut}, (i k...){cut}",
 }
@@ -156,10 +156,11 @@ def shampoo(
         debias=debias,
         composition="power-mean",
     )
-    root = Root(exponent, Damping(damping, "largest", floor=1e-30) if relative_damping else Damping(damping))
+    root = Root(exponent, Damping(damping, "largest") if relative_damping else Damping(damping))
     rule = Rule(average, Grafting(grafting, grafting_beta, grafting_eps) if grafting else None)
     schedule = Schedule(statistics_every, refresh_every, stagger=stagger)
     kronecker = Recipe("| ,..." + cut, moment, root, rule, schedule)
+    vector = Recipe(f"| (...){cut}", moment, root, rule, schedule)
     convolution = Recipe(_KERNELS[kernels].format(cut=cut), moment, root, rule, schedule)
     diagonal = Recipe(
         DIAGONAL,
@@ -167,5 +168,8 @@ def shampoo(
         Root(0.5, Damping(grafting_eps, outside=True)),
         Rule(average),
     )
-    routes = (Route(convolution, kind="conv", where=is_kernel), Route(kronecker))
-    return routes if vectors == "kronecker" else (Route(diagonal, where=is_vector), *routes)
+    return (
+        Route(vector if vectors == "kronecker" else diagonal, where=is_vector),
+        Route(convolution, kind="conv", where=is_kernel),
+        Route(kronecker),
+    )
