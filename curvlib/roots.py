@@ -4,7 +4,7 @@ A solve never harms: a matrix whose root fails after every retry keeps its previ
 
 * Cholesky for p = 1: (F + λI)^-1. Its residual is ‖(F + λI) X v - v‖ / ‖v‖ for a fixed probe v.
 * Eigendecomposition for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that
-  rounding made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / ‖F v‖.
+  rounding made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / (‖F‖ ‖v‖).
 
 The retry ladder: every factor is symmetrised; what fails is solved once more in float64, then in float64 with 1e-6 of its
 mean eigenvalue added. On an accelerator Cholesky does not retry, because that would wait for the device; its failures
@@ -208,9 +208,8 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         powered = torch.where(damping[:, None] > SILENT, powered, 1.0)
     root = (vectors * powered[:, None, :]) @ vectors.mT
     probe = _probe(matrix)
-    image = matrix @ probe
-    error = (image - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
-    norm = image.norm(dim=(-2, -1))
+    error = (matrix @ probe - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
+    norm = values.abs().amax(-1) * probe.norm()
     return _judged(root, torch.where(norm > 0, error / norm, error))
 
 

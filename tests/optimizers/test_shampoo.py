@@ -313,6 +313,28 @@ def test_a_vector_of_a_grouped_convolution_has_one_factor_and_the_power_of_one()
     assert torch.allclose(step, each) or torch.allclose(step, whole)
 
 
+@pytest.mark.parametrize("gradient", [[1.0, 0, 0, 0, -3, 2, 0], [1, 0, -1], [0, 2, 0, -2, 0], [-1, 0, 2, 0, -1, 0, 0]])
+def test_gradients_that_sum_to_zero_have_exact_roots(gradient):
+    """As below a batch norm or a softmax: nothing that judges a root may divide by what such a gradient cancels."""
+    gradient = torch.tensor(gradient, dtype=F64)[:, None] / 3
+    parameter = nn.Parameter(torch.zeros_like(gradient))
+    options = dict(beta=None, grafting=None, momentum=0.0, relative_damping=False, refresh_every=1)
+    optimizer = curvlib.Shampoo([parameter], 1.0, damping=1e-2, **options)
+    parameter.grad = gradient.clone()
+    optimizer.step()
+    # one axis above size one: k = 1, and (ggᵀ + λ)^-1/2 g is g / √(‖g‖² + λ)
+    torch.testing.assert_close(
+        -parameter.detach(), gradient / (gradient.norm() ** 2 + 1e-2).sqrt(), rtol=1e-12, atol=1e-12
+    )
+    assert not optimizer.state[parameter]["kept_0_0"].any()
+    optimizer.zero_grad()
+    parameter.grad = torch.ones_like(gradient)  # where the factor has nothing, the root is λ^-1/2
+    before, root = parameter.detach().clone(), optimizer.state[parameter]["root_0_0"][0].clone()
+    assert torch.allclose(root @ torch.ones(len(gradient), dtype=F64), torch.full((len(gradient),), 10.0, dtype=F64))
+    optimizer.step()
+    assert ((parameter.detach() - before) * parameter.grad).sum() < 0
+
+
 @pytest.mark.parametrize(("period", "steps"), [(1, [*range(12)]), (3, [0, 3, 6, 9]), (5, [0, 5, 10])])
 def test_roots_change_at_multiples_of_the_refresh_period_and_statistics_at_theirs(period, steps):
     weight = nn.Parameter(torch.randn(4, 3, dtype=F64))
