@@ -169,7 +169,7 @@ def _mean_eigenvalue(matrix: Tensor) -> Tensor:
 
 
 def _probe(matrix: Tensor) -> Tensor:
-    """A fixed vector of ±1 that no coordinate structure is orthogonal to, ``[f, 1]``."""
+    """A fixed vector of ±1, ``[f, 1]``; a factor may well be orthogonal to it, so nothing is divided by its image."""
     number = torch.arange(matrix.shape[-1], device=matrix.device)
     return torch.where((number * 2654435761) % 4294967296 < 2147483648, 1.0, -1.0).to(matrix.dtype)[:, None]
 

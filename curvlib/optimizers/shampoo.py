@@ -44,7 +44,8 @@ class Shampoo(CurvatureOptimizer):
     with m the gradient's momentum. The curvature is thus ⊗ L_i^(1/k), of which the power -p is applied; ``exponent=1`` is
     the override to 1/k that is often used for matrices. Gupta et al. have the sum (``beta=None``), an absolute damping
     (``relative_damping=False``, theirs is the initial value εI) and no grafting; the MBF and TNT authors' Shampoo is
-    ``beta=0.9, debias=False, grafting=None, heavy_ball=True, relative_damping=False, vectors="kronecker"``.
+    ``beta=0.9, debias=False, grafting=None, heavy_ball=True, relative_damping=False, vectors="kronecker"``
+    (theirs counts axes of size one in k, which here have no factor).
 
     Args:
         params: parameters, groups, named parameters, or a model.
