@@ -13,8 +13,9 @@ from rich.console import Console
 from .data import DataError
 from .methods import METHODS
 from .problems import PROBLEMS
-from .records import Record
+from .records import Record, RecordError
 from .study import DIGITS, MAIN, Study, run_study, show
+from .summary import mixed
 
 _EXAMPLES = """examples:
   python -m benchmarks study
@@ -70,13 +71,19 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     options = parser().parse_args(arguments)
     try:
         _dispatch(options, console)
-    except (UsageError, DataError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
+    except (UsageError, DataError, RecordError) as error:
+        return _fail(str(error), console)
+    except OSError as error:
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", console)
     except KeyboardInterrupt:
         console.print("Stopped; nothing is lost. The same command goes on from here.", highlight=False)
         return 130
     return 0
+
+
+def _fail(message: str, console: Console) -> int:
+    console.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return 2
 
 
 def _dispatch(options: argparse.Namespace, console: Console) -> None:
@@ -98,8 +105,9 @@ def _study(options: argparse.Namespace) -> Study:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be a whole number from 1, got {value}")
-    title = f"{PROBLEMS[options.problem].title}: {', '.join(METHODS[name].title for name in options.methods)}"
-    return Study(title, (options.problem,), tuple(options.methods), tuple(range(options.seeds)), options.epochs)
+    methods = tuple(dict.fromkeys(options.methods))
+    title = f"{PROBLEMS[options.problem].title}: {', '.join(METHODS[name].title for name in methods)}"
+    return Study(title, (options.problem,), methods, tuple(range(options.seeds)), options.epochs)
 
 
 def _known(what: str, names: Sequence[str], allowed: Sequence[str]) -> None:
@@ -137,8 +145,12 @@ def _report(folder: Path, console: Console) -> None:
     files = sorted((folder / "runs").glob("*.json"))
     if not files:
         raise UsageError(f"{folder} holds no finished runs (expected {folder}/runs/*.json)")
-    try:
-        records = [Record.load(file) for file in files]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{folder} holds a file that is no record: {error}") from None
+    records = [Record.load(file) for file in files]
+    _known("problem", [record.spec.problem for record in records], list(PROBLEMS))
+    _known("method", [record.spec.method for record in records], list(METHODS))
+    if place := mixed(records):
+        raise UsageError(
+            f"{folder} holds runs of {place[1]} on {place[0]} that differ in settings or budget; give the command of the "
+            "study to be reported again: its finished runs are only read"
+        )
     show(records, folder, f"Report of {folder.name}", console)

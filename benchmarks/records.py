@@ -17,6 +17,10 @@ from typing import Any
 import torch
 
 
+class RecordError(ValueError):
+    """A file of a results folder that cannot be read; says which, and the way out."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """Everything that decides the numbers of a run.
@@ -74,10 +78,19 @@ class Record:
 
     @staticmethod
     def load(file: Path) -> Record:
-        """Read a record."""
-        content = json.loads(file.read_text())
-        points = tuple(Point(**point) for point in content.pop("points"))
-        return Record(spec=Spec(**content.pop("spec")), points=points, **content)
+        """Read a record.
+
+        Raises:
+            RecordError: where the file holds none.
+        """
+        try:
+            content = json.loads(file.read_text())
+            points = tuple(Point(**point) for point in content.pop("points"))
+            return Record(spec=Spec(**content.pop("spec")), points=points, **content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RecordError(
+                f"{file} is no record of a run ({error}); remove it, and that run is done again"
+            ) from None
 
     def save(self, file: Path) -> None:
         """Write it whole or not at all."""

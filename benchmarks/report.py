@@ -24,7 +24,7 @@ p.lead, figcaption, .source { color: var(--soft); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; white-space: normal; vertical-align: bottom; }
 figure { margin: 1.2rem 0; } figure svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 details { background: var(--card); border-radius: 6px; padding: .5rem .9rem; margin: .6rem 0; }
 pre { overflow-x: auto; font-size: .8rem; }

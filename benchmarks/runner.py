@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import curvlib
 from .data import Data, Split
 from .methods import METHODS, memory
 from .problems import PROBLEMS, Problem, evaluate
-from .records import Point, Record, Spec, environment, write_whole
+from .records import Point, Record, RecordError, Spec, environment, write_whole
 
 Progress = Callable[[int, int, float], None]
 SMOOTHING = 0.9
@@ -60,6 +63,34 @@ def steps_of(problem: Problem, data: Data, epochs: int) -> int:
     return epochs * (len(data.train) // problem.batch_size)
 
 
+@contextmanager
+def held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C wait for the end of a step, so that only whole steps are saved; a second Ctrl-C does not wait.
+
+    Yields a function that says whether a Ctrl-C waits. One that nobody heeded is raised at the end. Where this is not the
+    main thread, or Ctrl-C already has another handler than Python's own, nothing is held.
+    """
+    waiting = False
+
+    def hold(*_: object) -> None:
+        nonlocal waiting
+        if waiting:
+            raise KeyboardInterrupt
+        waiting = True
+
+    standard = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not standard:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: waiting
+    finally:
+        signal.signal(signal.SIGINT, standard)
+    if waiting:
+        raise KeyboardInterrupt
+
+
 def execute(spec: Spec, data: Data, folder: Path, progress: Progress | None = None) -> Record:
     """Run, or go on where a checkpoint stands; a finished run is only read.
 
@@ -70,7 +101,8 @@ def execute(spec: Spec, data: Data, folder: Path, progress: Progress | None = No
         progress: called after every step with (step, steps, running average).
 
     Raises:
-        KeyboardInterrupt: after saving a checkpoint.
+        KeyboardInterrupt: after saving a checkpoint, if a step was taken.
+        RecordError: where the record or checkpoint of this run is damaged.
     """
     finished = results_file(folder, spec)
     if finished.is_file():
@@ -84,17 +116,13 @@ def execute(spec: Spec, data: Data, folder: Path, progress: Progress | None = No
     optimizer = method.optimizer(model, settings)
     checkpoint = checkpoint_file(folder, spec)
     run = _load(checkpoint, model, optimizer)
-    status = "finished"
-    try:
-        if run.step == 0 and warms:
-            warm_start(problem, model, optimizer, data.train, spec.seed)
-        status = _train(run, problem, model, optimizer, data, steps, spec, checkpoint, progress)
-    except KeyboardInterrupt:
-        _save(checkpoint, run, model, optimizer)
-        raise
-    record = Record(spec, status, tuple(run.points), statistics.median(run.times), memory(optimizer), environment())
-    record.save(finished)
-    checkpoint.unlink(missing_ok=True)
+    if run.step == 0 and warms:
+        warm_start(problem, model, optimizer, data.train, spec.seed)
+    with held_interrupts() as interrupted:
+        status = _train(run, problem, model, optimizer, data, steps, spec, checkpoint, progress, interrupted)
+        record = Record(spec, status, tuple(run.points), statistics.median(run.times), memory(optimizer), environment())
+        record.save(finished)
+        checkpoint.unlink(missing_ok=True)
     return record
 
 
@@ -108,6 +136,7 @@ def _train(
     spec: Spec,
     checkpoint: Path,
     progress: Progress | None,
+    interrupted: Callable[[], bool],
 ) -> str:
     every = max(1, steps // (spec.epochs * problem.points))
     saved = time.monotonic()
@@ -127,10 +156,16 @@ def _train(
         if diverged or run.step % every == 0 or run.step == steps:
             test = math.nan if diverged else evaluate(model, problem, data.test)
             run.points.append(Point(run.step, run.seconds, run.average, test))
-        if progress is not None:
-            progress(run.step, steps, run.average)
         if diverged:
             return "diverged"
+        try:
+            if progress is not None:
+                progress(run.step, steps, run.average)
+            if interrupted():
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            _save(checkpoint, run, model, optimizer)
+            raise
         if time.monotonic() - saved > _CHECKPOINT_SECONDS:
             _save(checkpoint, run, model, optimizer)
             saved = time.monotonic()
@@ -183,6 +218,7 @@ def _save(file: Path, run: Run, model: nn.Module, optimizer: torch.optim.Optimiz
         "run": {**vars(run), "points": [vars(point) for point in run.points]},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -192,8 +228,13 @@ def _save(file: Path, run: Run, model: nn.Module, optimizer: torch.optim.Optimiz
 def _load(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Run:
     if not file.is_file():
         return Run()
-    content = torch.load(file, weights_only=True)
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    points = [Point(**point) for point in content["run"].pop("points")]
-    return Run(**content["run"], points=points)
+    try:
+        content = torch.load(file, weights_only=True)
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["random"])
+        points = [Point(**point) for point in content["run"].pop("points")]
+        return Run(**content["run"], points=points)
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecordError(f"{file} does not fit this run ({reason}); remove it, and the run starts anew") from error

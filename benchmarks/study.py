@@ -64,6 +64,7 @@ def run_study(study: Study, folder: Path, source: Path | None, console: Console)
         KeyboardInterrupt: after saving the run in progress.
     """
     specs = study.specs()
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
     data: dict[str, Data] = {name: PROBLEMS[name].load(source) for name in study.problems}
     steps = [steps_of(PROBLEMS[spec.problem], data[spec.problem], spec.epochs) for spec in specs]
     records = []

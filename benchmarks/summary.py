@@ -56,6 +56,17 @@ def summarize(records: Iterable[Record]) -> list[Row]:
     return [_row(by_place[place], by_place.get((place[0], REFERENCE), ())) for place in order if place in by_place]
 
 
+def mixed(records: Iterable[Record]) -> tuple[str, str] | None:
+    """(problem, method) whose runs differ in settings or budget, so that they are no seeds of one thing; or none."""
+    first: dict[tuple[str, str], Record] = {}
+    for record in records:
+        place = (record.spec.problem, record.spec.method)
+        other = first.setdefault(place, record).spec
+        if (record.spec.settings, record.spec.epochs) != (other.settings, other.epochs):
+            return place
+    return None
+
+
 def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
     problem = PROBLEMS[records[0].spec.problem]
     hits = [reached(record, problem.target) for record in records]

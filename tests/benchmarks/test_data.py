@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import struct
 from pathlib import Path
@@ -55,6 +56,25 @@ def test_a_truncated_archive_says_how_to_go_on(tmp_path, images):
     file.write_bytes(gzip.compress(idx(images))[:-10])
     with pytest.raises(DataError, match=r"cannot be read.*leave out --data to download"):
         read_idx(file, (2, 3, 4))
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    file = tmp_path / "labels-idx1-ubyte.gz"
+    content = bytearray(gzip.compress(idx(np.random.default_rng(0).integers(0, 10, 5000))))
+    content[500:540] = bytes(byte ^ 0xFF for byte in content[500:540])
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{file.name} cannot be read"):
+        read_idx(file, (5000,))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_contents_of_another_data_set_are_refused(tmp_path, images, packed):
+    file = tmp_path / ("images-idx3-ubyte" + (".gz" if packed else ""))
+    file.write_bytes(gzip.compress(idx(images)) if packed else idx(images))
+    known = hashlib.sha256(idx(images)).hexdigest()
+    assert read_idx(file, (2, 3, 4), known).shape == (2, 3, 4)
+    with pytest.raises(DataError, match=rf"of another data set: unpacked it has sha256 {known}, expected 00"):
+        read_idx(file, (2, 3, 4), "00")
 
 
 def test_missing_files_name_the_places_that_were_searched(tmp_path):

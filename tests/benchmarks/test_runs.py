@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from benchmarks.cli import main
 from benchmarks.data import Data, Split
 from benchmarks.methods import METHODS, Method
 from benchmarks.problems import PROBLEMS, Problem, classification, evaluate
-from benchmarks.records import Point, Record, Spec, write_whole
+from benchmarks.records import Point, Record, RecordError, Spec, write_whole
 from benchmarks.report import write_report
 from benchmarks.summary import cells, reached, summarize
 
@@ -33,7 +34,7 @@ TINY = Problem(
     "tiny",
     "Tiny",
     "made up",
-    lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)),
+    lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)),
     tiny_data,
     classification,
     "categorical",
@@ -107,6 +108,63 @@ def test_interrupted_is_uninterrupted(tmp_path, method, stop):
     resumed = runner.execute(spec(method, **options), tiny_data(), tmp_path / "parts")
     assert numbers(resumed) == numbers(whole)
     assert not runner.checkpoint_file(tmp_path / "parts", spec(method, **options)).exists()
+
+
+@pytest.mark.parametrize("method", ["mbf", "shampoo", "adam", "sgd"])
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatch, method):
+    whole = runner.execute(spec(method), tiny_data(), tmp_path / "whole")
+    real, calls = runner._step, []
+
+    def hit(problem, model, optimizer, batch):
+        loss = real(problem, model, optimizer, batch)
+        calls.append(loss)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGINT)  # weights have moved, the step is not counted yet
+        return loss
+
+    monkeypatch.setattr(runner, "_step", hit)
+    with pytest.raises(KeyboardInterrupt):
+        runner.execute(spec(method), tiny_data(), tmp_path / "parts")
+    assert len(calls) == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = runner.execute(spec(method), tiny_data(), tmp_path / "parts")
+    assert len(calls) == 20
+    assert numbers(resumed) == numbers(whole)
+
+
+def test_a_second_ctrl_c_does_not_wait_and_saves_nothing_half_done(tmp_path, monkeypatch):
+    whole = runner.execute(spec(), tiny_data(), tmp_path / "whole")
+    real = runner._step
+
+    def hit(*arguments):
+        real(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(runner, "_step", hit)
+    with pytest.raises(KeyboardInterrupt):
+        runner.execute(spec(), tiny_data(), tmp_path / "parts")
+    assert not runner.checkpoint_file(tmp_path / "parts", spec()).exists()
+    monkeypatch.setattr(runner, "_step", real)
+    assert numbers(runner.execute(spec(), tiny_data(), tmp_path / "parts")) == numbers(whole)
+
+
+def test_ctrl_c_at_the_step_that_diverges_keeps_the_record(tmp_path, monkeypatch):
+    def hit(*_):
+        signal.raise_signal(signal.SIGINT)
+        return math.nan
+
+    monkeypatch.setattr(runner, "_step", hit)
+    with pytest.raises(KeyboardInterrupt):
+        runner.execute(spec(), tiny_data(), tmp_path)
+    assert Record.load(runner.results_file(tmp_path, spec())).status == "diverged"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    file = runner.checkpoint_file(tmp_path, spec())
+    write_whole(file, b"junk")
+    with pytest.raises(RecordError, match=rf"{file.name} does not fit this run .*remove it"):
+        runner.execute(spec(), tiny_data(), tmp_path)
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):
@@ -223,6 +281,43 @@ def test_a_study_runs_stops_resumes_and_reports(tmp_path, monkeypatch):
     assert status == 0
     (tmp_path / "runs" / "0.json").write_text(json.dumps({"spec": {}}))
     assert run("report", str(tmp_path))[0] == 2
+
+
+def test_a_results_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    file = tmp_path / "file"
+    file.touch()
+    status, text = run("run", "tiny", "--out", str(file))
+    assert (status, text.count("\n")) == (2, 1)
+    assert str(file) in text
+
+
+def test_a_damaged_record_is_named_and_not_run_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    command = ("run", "tiny", "--methods", "adam", "--seeds", "1", "--out", str(tmp_path))
+    assert run(*command)[0] == 0
+    (record,) = (tmp_path / "runs").iterdir()
+    good = record.read_text()
+    record.write_text(good[:100])
+    status, text = run(*command)
+    assert (status, text.count("\n")) == (2, 1)
+    assert f"{record.name} is no record of a run" in text
+    record.write_text(good.replace('"tiny"', '"gone"'))
+    status, text = run("report", str(tmp_path))
+    assert status == 2
+    assert "unknown problem 'gone'" in text
+
+
+def test_a_method_named_twice_is_run_once_and_budgets_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    command = ("run", "tiny", "--methods", "adam", "adam", "--seeds", "2", "--out", str(tmp_path))
+    for epochs in ("1", "2"):
+        assert run(*command, "--epochs", epochs)[0] == 0
+        (row,) = (tmp_path / "summary.csv").read_text().splitlines()[1:]
+        assert row.startswith("tiny,adam,2,0,")
+    status, text = run("report", str(tmp_path))
+    assert status == 2
+    assert "runs of adam on tiny that differ in settings or budget" in text
 
 
 def test_every_problem_builds_and_every_method_has_settings_that_work():
