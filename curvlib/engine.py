@@ -28,6 +28,7 @@ from .storage import Bucket
 from .units import Unit
 
 Group = Mapping[str, Any]
+Means = Mapping[str, Tensor]
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Cohort:
         step: steps taken so far.
         updates: statistics averaged so far.
         warm: whether these began with a warm start.
+        heard: what the layers of each unit said since the last step, as means over examples; or none.
     """
 
     bucket: Bucket
@@ -59,6 +61,7 @@ class Cohort:
     step: int
     updates: int
     warm: bool
+    heard: list[Means] | None = None
     state: dict[str, Any] = field(init=False)
     gradient: Tensors = field(init=False)
     reference: Tensors = field(init=False)
@@ -104,9 +107,15 @@ class Cohort:
             self.update(source, gated(keep, 1.0, gate), gated(gain, 0.0, gate))
 
     def update(self, source: Tensors, keep: Weight, gain: Weight) -> None:
-        """Average a second moment in."""
-        assert self.bucket.block is not None
-        self.bucket.block.update(self.state, source[0] if self.bucket.packed else source, keep, gain)
+        """Average a second moment in: of gradients, or of what was heard."""
+        block = self.bucket.block
+        assert block is not None
+        if not self.recipe.moment.listens:
+            block.update(self.state, source[0] if self.bucket.packed else source, keep, gain)
+        elif self.heard is not None:
+            block.average(self.state, self.heard, keep, gain)
+        else:
+            return
         self.updates += 1
 
     def gradients(self, groups: Sequence[Group], gate: Tensor | None) -> Tensors:
@@ -152,7 +161,7 @@ class Cohort:
     ) -> list[Tensor]:
         """The gradient of the mean loss to be minimised, with L2 decay where the rule says so; never in place."""
         factor = (-1.0 if group["maximize"] else 1.0) / group["reduction_factor"]
-        if factor != 1.0:
+        if isinstance(factor, Tensor) or factor != 1.0:
             gradients = torch._foreach_mul(gradients, factor)
         if self.recipe.rule.decay == "l2" and group["weight_decay"] != 0:
             gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
@@ -209,46 +218,75 @@ def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
     return gradient.detach().to(dtype)
 
 
-def cohorts(bucket: Bucket, recipes: Mapping[Unit, Recipe]) -> list[Cohort]:
+def cohorts(bucket: Bucket, recipes: Mapping[Unit, Recipe], heard: Mapping[Unit, Means]) -> list[Cohort]:
     """The active units of a bucket, grouped by what must be equal for one call."""
-    members: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
+    members: dict[tuple[int, int, int, int, bool], list[int]] = defaultdict(list)
     chosen: dict[int, Recipe] = {}
     for row, (unit, (step, updates, warm)) in enumerate(zip(bucket.units, bucket.counters.tolist(), strict=True)):
         if unit.active():
             recipe = recipes[unit]
             chosen[id(recipe)] = recipe
-            members[id(recipe), step, updates, warm].append(row)
+            members[id(recipe), step, updates, warm, unit in heard].append(row)
     return [
-        Cohort(bucket, rows, chosen[recipe], step, updates, bool(warm))
-        for (recipe, step, updates, warm), rows in members.items()
+        Cohort(
+            bucket,
+            rows,
+            chosen[recipe],
+            step,
+            updates,
+            bool(warm),
+            [heard[bucket.units[row]] for row in rows] if listened else None,
+        )
+        for (recipe, step, updates, warm, listened), rows in members.items()
     ]
 
 
-def advance(
+@dataclass
+class Direction:
+    """What one cohort would do: a direction for each of its parameters, and the factor by which all are shrunk."""
+
+    cohort: Cohort
+    pieces: list[Piece]
+    shrink: Tensor | None
+
+
+def directions(
     buckets: Iterable[Bucket],
     recipes: Mapping[Unit, Recipe],
     groups: Sequence[Group],
     gate: Tensor | None,
-) -> None:
-    """One step of everything that has a gradient.
+    heard: Mapping[Unit, Means],
+) -> list[Direction]:
+    """Take in gradients and statistics, refresh the roots that are due, and precondition everything that has a gradient.
 
     Args:
         buckets: the bound units.
         recipes: every unit's recipe with this step's numbers; equal recipes are one object.
         groups: settings: ``lr``, ``weight_decay``, ``maximize``, ``reduction_factor``.
         gate: 0-d bool, False where the whole step must change nothing; ``None`` is open.
+        heard: what the layers of listening units said.
     """
-    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes)]
+    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, heard)]
     for cohort in active:
         cohort.listen(groups, gate)
     roots.refresh(due_jobs(active))
     finished = [(cohort, list(cohort.pieces(cohort.direct(gate)))) for cohort in active]
     shrink = _clip_scales(finished, groups)
-    for cohort, pieces in finished:
-        _update(cohort, pieces, groups, gate, shrink.get(cohort.recipe.rule.clip))
+    return [Direction(cohort, pieces, shrink.get(cohort.recipe.rule.clip)) for cohort, pieces in finished]
+
+
+def settle(finished: Iterable[Direction]) -> None:
+    """Put the state of a step back where it is kept."""
+    for one in finished:
+        cohort = one.cohort
         cohort.settle()
-        counters = cohort.bucket.counters
-        counters[cohort.rows] = torch.tensor([cohort.step + 1, cohort.updates, int(cohort.warm)])
+        cohort.bucket.counters[cohort.rows] = torch.tensor([cohort.step + 1, cohort.updates, int(cohort.warm)])
+
+
+def advance(finished: Iterable[Direction], groups: Sequence[Group], gate: Tensor | None) -> None:
+    """Step along the directions."""
+    for one in finished:
+        _update(one.cohort, one.pieces, groups, gate, one.shrink)
 
 
 def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:
@@ -326,6 +364,7 @@ def warm(
     recipes: Mapping[Unit, Recipe],
     groups: Sequence[Group],
     gate: Tensor | None,
+    heard: Mapping[Unit, Means],
     seen: int,
 ) -> None:
     """Average one batch's statistics into a running mean over ``seen`` earlier ones; nothing else changes.
@@ -333,7 +372,7 @@ def warm(
     Moments of the momentum are left alone: without steps there is none.
     """
     for bucket in buckets:
-        for cohort in cohorts(bucket, recipes):
+        for cohort in cohorts(bucket, recipes, heard):
             if bucket.block is None or cohort.recipe.moment.of == "momentum":
                 continue
             gradient = cohort.gradients(groups, gate)

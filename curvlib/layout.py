@@ -94,6 +94,22 @@ class Region:
         return unflattened.permute(0, *(1 + dim for dim in self._order))
 
     @property
+    def runs(self) -> tuple[tuple[int, int, int, bool], ...]:
+        """For each term (start, pieces, entries of a piece, whether it is cut into a dimension of pieces)."""
+        return tuple((run.start, run.count, run.size, split) for run, split in zip(self._runs, self._split, strict=True))
+
+    @cached_property
+    def homes(self) -> tuple[int, ...]:
+        """The term of every dimension, in the order own, tied, factors."""
+        terms = [term for term, split in enumerate(self._split) for _ in range(1 + split)]
+        return tuple(terms[position] for position in self._order)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Where each dimension, in the order own, tied, factors, lies among the cut terms."""
+        return self._order
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """``[blocks, ties, *factor sizes]``: the form in which curvature meets a region."""
         return (self.blocks, self.ties, *(factor.size for factor in self.factors))
@@ -113,11 +129,13 @@ class Layout:
     Attributes:
         sizes: axis name -> entries, in the operand's row-major order; joined axes stand as one, last.
         regions: the regular batches of blocks; together they hold every entry exactly once.
+        sources: the axes that each of a layer's signals carries, the output gradient's first; empty where unknown.
     """
 
     sizes: tuple[Axis, ...]
     regions: tuple[Region, ...]
     _terms: tuple[tuple[int, ...], ...]
+    sources: tuple[tuple[str, ...], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,6 +157,11 @@ class Layout:
         """Whether every entry is a block of its own, all in one region."""
         simple = all(len(region.factors) == 1 and region.blocks == region.ties == 1 for region in self.regions)
         return simple and len(self.regions) <= 1 and all(region.factors[0].diagonal for region in self.regions)
+
+    @cached_property
+    def terms(self) -> tuple[tuple[str, ...], ...]:
+        """The axes of each (merged) term, in the order in which regions cut them."""
+        return tuple(tuple(self.sizes[dim].name for dim in term) for term in self._terms)
 
     @cached_property
     def _permutation(self) -> tuple[int, ...]:
@@ -191,7 +214,13 @@ class Layout:
         return labels
 
 
-def compile_layout(sentence: Sentence, text: str, sizes: Mapping[str, int], joined: Sequence[str] = ()) -> Layout:
+def compile_layout(
+    sentence: Sentence,
+    text: str,
+    sizes: Mapping[str, int],
+    joined: Sequence[str] = (),
+    sources: Sequence[Sequence[str]] = (),
+) -> Layout:
     """Make a parsed partition exact.
 
     Args:
@@ -199,6 +228,7 @@ def compile_layout(sentence: Sentence, text: str, sizes: Mapping[str, int], join
         text: the text as written, for messages.
         sizes: axis name -> entries, in the operand's row-major order.
         joined: input axes (the last ones, in order) that are merged into one with one more entry for a bias.
+        sources: the axes that each of a layer's signals carries.
 
     Raises:
         PartitionError: an unknown axis, an axis not named, or joined axes that the partition separates.
@@ -216,7 +246,15 @@ def compile_layout(sentence: Sentence, text: str, sizes: Mapping[str, int], join
     cuts = [_runs(term, length, text, sizes) for (term, _, _), length in zip(terms, lengths, strict=True)]
     diagonal = [factor.diagonal for factor in factors]
     regions = [] if 0 in lengths else [_region(terms, runs, diagonal) for runs in product(*cuts)]
-    return Layout(operand, tuple(regions), positions)
+    carried = tuple(joined_axes(source, joined) for source in sources)
+    return Layout(operand, tuple(regions), positions, carried)
+
+
+def joined_axes(axes: Sequence[str], joined: Sequence[str]) -> tuple[str, ...]:
+    """The axes of a signal after a bias is joined to its input axes."""
+    if not joined or not set(joined) <= set(axes):
+        return tuple(axes)
+    return (*(axis for axis in axes if axis not in joined), "·".join(joined))
 
 
 def _expand(sentence: Sentence, text: str, axes: list[str]) -> tuple[list[Term], list[Factor]]:

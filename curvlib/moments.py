@@ -116,7 +116,7 @@ def power(exponent: float, composition: str, k: int) -> float:
 
 
 def dampings(
-    factors: Sequence[Tensor], scale: Sequence[Tensor | float], damping: Damping, blocks: int
+    factors: Sequence[Tensor], scale: Sequence[Tensor | float], damping: Damping, rows: Sequence[int]
 ) -> list[Tensor | float]:
     """λ of every factor, a number or ``[B]``; relative to the largest eigenvalue it is still the multiple.
 
@@ -124,19 +124,28 @@ def dampings(
         factors: the stored factors of a region.
         scale: what they are multiplied by first.
         damping: the rule.
-        blocks: how many consecutive factors belong to one parameter.
+        rows: for each factor how many consecutive ones belong to one parameter. Where these numbers differ, factors
+            stand in several blocks each, and their mean eigenvalues are compared as means over the parameter.
     """
     value, k = as_float(damping.value), len(factors)
     if damping.relative_to in ("trace", "layer"):
-        size = blocks if damping.relative_to == "layer" else 1
         floor = as_float(damping.floor)
-        return [(value * _group_mean(mean, size)).clamp_min(floor) for mean in _means(factors, scale)]
+        layer = damping.relative_to == "layer"
+        means = [
+            _group_mean(mean, size if layer else 1) for mean, size in zip(_means(factors, scale), rows, strict=True)
+        ]
+        return [(value * mean).clamp_min(floor) for mean in means]
     if damping.split == "sqrt":
         return [value ** (1 / k)] * k
     if damping.split == "pi":
         means = [mean.clamp_min(torch.finfo(mean.dtype).tiny) for mean in _means(factors, scale)]
+        if len(set(rows)) > 1:
+            means = [mean.unflatten(0, (-1, size)).mean(1) for mean, size in zip(means, rows, strict=True)]
         geometric = torch.stack([mean.log() for mean in means]).mean(0).exp()
-        return [value ** (1 / k) * mean / geometric for mean in means]
+        shares = [value ** (1 / k) * mean / geometric for mean in means]
+        if len(set(rows)) > 1:
+            return [share.repeat_interleave(size) for share, size in zip(shares, rows, strict=True)]
+        return list(shares)
     return [value] * k
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from . import engine
-from .health import Health, check_finite, health_of
-from .layers import Slot, describe
+from .blocks import Sums
+from .health import check_finite
+from .inspection import Inspection
+from .labels import LIKELIHOODS, Likelihood, seeds
+from .layers import Reading, Slot, survey
 from .precision import full_precision
 from .recipe import Recipe, check_choice, check_number, resolve
 from .routing import Route, Table, as_table
 from .storage import COUNTERS, Storage, check_record, structural
+from .taps import TapError, Taps, TapWarning
 from .units import Unit, build_units
 
 Tables = Callable[..., Table]
@@ -33,7 +38,7 @@ class _Tables:
     step: int | None
 
 
-class CurvatureOptimizer(torch.optim.Optimizer):
+class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
     """A routing table of recipes as a torch optimizer.
 
     Args:
@@ -44,8 +49,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         weight_decay: of each group; decoupled or L2 as the recipe's rule says.
         maximize: ascend instead.
         reduction: what ``.grad`` holds: ``"mean"``, the gradient of the mean of per-example losses; ``"sum"``, of their
-            sum, with the number of examples told by ``optimizer.batch_size = n`` before each step; or a number by which
-            it is divided. After this every statistic and direction is of the mean loss.
+            sum, with the number of examples heard by the layers or told by ``optimizer.batch_size = n`` before each step;
+            or a number by which it is divided, such as that of micro-batches whose mean losses were added up. After this
+            every statistic and direction is of the mean loss.
         model: the model whose layers name the parameters' axes, where ``params`` are its parameters.
         settings: further group settings, handed to a ``recipe`` that is a function: numbers, or callables of the step,
             of which the group shows the current number.
@@ -54,7 +60,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         ValueError, TypeError, PartitionError: naming the parameter, the value and what is allowed.
 
     Attributes:
-        batch_size: examples behind the current gradients, for ``reduction="sum"``.
+        batch_size: examples behind the current gradients, for ``reduction="sum"`` where no layer is listened to.
+        loss_scale: what else the loss was multiplied by before backward, a number or a function of nothing that tells it:
+            ``scaler.get_scale`` where a GradScaler's ``unscale_`` is called before the step. Gradients do not have it any
+            more, signals do. A GradScaler without ``unscale_`` tells it by itself.
         on_nonfinite: ``"auto"``: a non-finite gradient raises :class:`NonFiniteGradient` before anything changes on a
             CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere.
     """
@@ -85,8 +94,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._schedules: list[dict[str, Callable[[int], Any]]] = []
         self._steps = 0
         self._slots: dict[Tensor, Slot] = {}
+        self._readings: dict[Tensor, list[Reading]] = {}
         self._masked: dict[str, Tensor] = {}
+        self._taps = Taps()
+        self._told: frozenset[str] = frozenset()
         self.batch_size: int | None = None
+        self.loss_scale: float | Callable[[], float] = 1.0
         self.on_nonfinite: Literal["auto", "raise", "mask"] = "auto"
         self._forget()
         universal = dict(lr=lr, weight_decay=weight_decay, maximize=maximize, reduction=reduction)
@@ -153,39 +166,44 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     # -- routing --------------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Learn the layers of a model: kinds, axes, and which bias belongs to which weight.
+        """Learn the layers of a model: kinds, axes, which bias belongs to which weight; and listen to them.
+
+        Attach before the first call of a compiled model.
 
         Raises:
             ValueError: if the model holds none of the parameters.
         """
-        slots = describe(model)
+        slots, readings = survey(model)
         if not any(parameter in slots for group in self.param_groups for parameter in group["params"]):
             raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters")
-        self._slots = slots
-        self._units = None
+        self._slots, self._readings, self._units = slots, readings, None
+        if self._cache is not None:
+            self._all_units()
 
     def detach(self) -> None:
-        """Forget the model; axes are named by rank again."""
-        self._slots = {}
-        self._units = None
+        """Forget the model: no hook is left on it, and axes are named by rank again."""
+        self._slots, self._readings, self._units = {}, {}, None
+        self._taps.close()
 
     def _all_units(self) -> list[Unit]:
         tables = self._tables()
         if self._units is None:
             self._units = build_units(self.param_groups, self._slots, tables)
+            self._listen(tables)
         return self._units
 
-    def routing(self) -> dict[str, str]:
-        """Parameter name -> its partition, and why: the route that took it.
-
-        A joined bias says so.
-        """
-        result = {}
-        for unit, recipe in self._recipes().items():
-            result[unit.name] = f"{recipe.partition} (route {unit.route}: {unit.why})"
-            for slot in unit.slots[1:]:
-                result[slot.name] = f"joined to {unit.name}"
-        return result
+    def _listen(self, tables: Sequence[Table]) -> None:
+        recipes = {unit: tables[unit.groups[0]][unit.route].recipe for unit in self._units or ()}
+        listening = {unit: recipe for unit, recipe in recipes.items() if recipe.moment.listens and recipe.root.exponent}
+        ears = [(unit, recipe) for unit, recipe in listening.items() if unit.lead in self._readings and not unit.silent]
+        self._taps.listen(ears, self._readings)
+        self._taps.count_always = any(group["reduction"] == "sum" for group in self.param_groups)
+        silent = {unit.name: unit.silent for unit in listening if unit.silent}
+        if not set(silent) <= self._told:
+            self._told |= set(silent)
+            listed = "; ".join(f"{name}: {reason}" for name, reason in silent.items())
+            hint = "" if self._slots else ". Give the model, as in KFAC(model), or call attach(model)"
+            warnings.warn(f"moments of the batch gradient are used where layers can't be heard: {listed}{hint}", TapWarning, 3)
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -194,27 +212,44 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: re-evaluates the model under grad and returns the loss.
+            closure: re-evaluates the model under grad and returns the loss; what its last call says is what counts.
 
         Raises:
             NonFiniteGradient: by parameter name, before anything changes (see ``on_nonfinite``).
+            TapError: where statistics of layers are due and these were not heard, or not observed.
             RuntimeError: for sparse gradients, by parameter name.
         """
         loss = None
         if closure is not None:
+            self._taps.zeroed()
             with torch.enable_grad():
                 loss = closure()
         self._schedule()
+        overflow = getattr(self, "found_inf", None)
+        if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
+            self._masked["the scaled gradients"] = self._masked.get("the scaled gradients", torch.tensor(0)) + 1
+            self._taps.settle()
+            return loss
         active = [unit for unit in self._all_units() if unit.active()]
-        gate = self._check_gradients(active)
         settings = [self._group_settings(group) for group in self.param_groups]
+        heard = self._means(self._taps.heard(active), settings)
+        gate = self._check_gradients(active, heard)
+        if overflow is not None and overflow.device.type != "cpu":
+            gate = overflow == 0 if gate is None else gate & (overflow == 0)
         recipes = self._bind(active)
         with full_precision():
-            engine.advance(self._storage.buckets, recipes, settings, gate)
+            finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard)
+            self._move(finished, settings, gate)
+            engine.settle(finished)
+        self._taps.settle()
         self._steps += 1
         for group in self.param_groups:
             group["steps"] = self._steps
+        self._expect()
         return loss
+
+    def _move(self, finished: list[engine.Direction], settings: Sequence[engine.Group], gate: Tensor | None) -> None:
+        engine.advance(finished, settings, gate)
 
     def _schedule(self) -> None:
         for group, schedules in zip(self.param_groups, self._schedules, strict=True):
@@ -224,16 +259,103 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._check_group(group)
 
     def _group_settings(self, group: dict[str, Any]) -> dict[str, Any]:
-        factor = {"mean": 1.0, "sum": self.batch_size}.get(group["reduction"], group["reduction"])
+        examples = self.batch_size or self._taps.examples or None
+        factor = {"mean": 1.0, "sum": examples}.get(group["reduction"], group["reduction"])
         if factor is None:
             raise ValueError("reduction='sum' needs the number of examples: set optimizer.batch_size before the step")
+        scale = getattr(self, "grad_scale", None)
+        if isinstance(scale, Tensor) and scale.device.type == "cpu":
+            scale = float(scale)
+        reduction = float(factor) if scale is None else float(factor) * scale
         chosen = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
-        return {**chosen, "reduction_factor": float(factor)}
+        return {**chosen, "reduction_factor": reduction, "signal_factor": self._signal_factor(reduction, scale)}
+
+    def _signal_factor(self, reduction: float | Tensor, scale: float | Tensor | None) -> float | Tensor:
+        """What the output gradients are divided by, so that they are of the mean loss."""
+        given = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
+        if scale is None and hasattr(self, "found_inf") and given == 1.0 and self._taps.ears:
+            raise TapError(
+                "a GradScaler unscaled the gradients before the step, but not what the layers said: set "
+                "optimizer.loss_scale = scaler.get_scale once"
+            )
+        return reduction if scale is not None else reduction * given
+
+    def _means(self, heard: Mapping[Unit, Sums], settings: Sequence[Mapping[str, Any]]) -> dict[Unit, engine.Means]:
+        """What was heard, as means over examples of the second moments of their gradients."""
+        recipes, means = self._recipes(), {}
+        for unit, sums in heard.items():
+            factor = settings[unit.groups[0]]["signal_factor"]
+            own = recipes[unit].moment.labels == "data"
+            means[unit] = sums.means(sums.examples / factor**2 if own else 1 / sums.examples)
+        return means
+
+    def _expect(self) -> None:
+        """Tell the taps whose statistics are due at the next step."""
+        if not self._taps.ears:
+            return
+        due = {}
+        for unit, recipe in self._recipes().items():
+            if unit.lead in self._taps.ears:
+                due[unit.lead] = recipe.schedule.takes_statistics(int(self.state.get(unit.lead, {}).get("step", 0)))
+        self._taps.expect(due)
+
+    # -- listening ------------------------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        outputs: Tensor,
+        likelihood: Likelihood | None = None,
+        *,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Look at the model's outputs, between the forward pass and ``backward``; does nothing where nothing is due.
+
+        With ``labels="sampled"`` or ``"exact"`` this pulls labels from the model back through the network. With any
+        labels it tells the number of examples and which positions are padding.
+
+        Args:
+            outputs: ``[examples, ...]``, with their graph: logits, or means of a Gaussian.
+            likelihood: ``"categorical"`` (over the last dimension), ``"bernoulli"``, ``"gaussian"`` (unit variance).
+            mask: ``[examples]`` or ``[examples, positions...]``, true where something counts.
+            generator: for reproducible labels; torch's global one otherwise.
+            scale: an example's loss is this times its negative log-likelihood summed over positions: 2 / outputs for a
+                mean squared error, 1 / positions for a mean over a sequence.
+
+        Raises:
+            ValueError: for an unknown or missing likelihood, or a mask that does not fit.
+            TapError: where the layers are not in the graph of the outputs.
+        """
+        self._all_units()
+        if mask is not None and (mask.dtype != torch.bool or mask.ndim < 1 or mask.shape[0] != outputs.shape[0]):
+            raise ValueError(
+                f"mask must be bool with {outputs.shape[0]} examples first, got {mask.dtype} of shape {list(mask.shape)}"
+            )
+        self._taps.declare(outputs, mask)
+        for labels in ("sampled", "exact"):
+            if not self._taps.asks(labels):
+                continue
+            if likelihood is None:
+                raise ValueError(f"likelihood must be one of {', '.join(map(repr, LIKELIHOODS))} for labels={labels!r}")
+            check_choice("likelihood", likelihood, LIKELIHOODS)
+            check_number("scale", scale, strict=True)
+            self._taps.pull(outputs, seeds(outputs, likelihood, labels, mask, generator, scale), labels)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; what layers say from now on replaces what they said before."""
+        super().zero_grad(set_to_none)
+        self._taps.zeroed()
 
     def _recipes(self) -> dict[Unit, Recipe]:
-        """Every unit's recipe with this step's numbers."""
+        """Every unit's recipe with this step's numbers; on gradients where its layers can't be heard."""
         units, tables = self._all_units(), self._tables()
-        return {unit: tables[unit.groups[0]][unit.route].recipe for unit in units}
+        recipes = {unit: tables[unit.groups[0]][unit.route].recipe for unit in units}
+        silent: dict[Recipe, Recipe] = {}
+        return {
+            unit: silent.setdefault(recipe, recipe.on_gradients) if unit.silent else recipe
+            for unit, recipe in recipes.items()
+        }
 
     def _bind(self, active: Sequence[Unit] = ()) -> dict[Unit, Recipe]:
         """Make sure that what is active, or has a record, has packed state; returns every unit's recipe."""
@@ -244,8 +366,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._storage.bind([(unit, recipes[unit]) for unit in members], self.state)
         return recipes
 
-    def _check_gradients(self, active: list[Unit]) -> Tensor | None:
-        """Report non-finite gradients by name, or return the gate that masks this step."""
+    def _check_gradients(self, active: list[Unit], heard: Mapping[Unit, engine.Means]) -> Tensor | None:
+        """Report non-finite gradients and signals by name, or return the gate that masks this step."""
         named = [
             (slot.name, parameter.grad)
             for unit in active
@@ -255,7 +377,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         for name, gradient in named:
             if gradient.layout != torch.strided:
                 raise RuntimeError(f"{name} has a sparse gradient; use sparse=False in its layer")
-        return check_finite(named, self.on_nonfinite, self._masked)
+        said = [(f"the signals of {unit.name}", value) for unit, means in heard.items() for value in means.values()]
+        return check_finite(named + said, self.on_nonfinite, self._masked)
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any], closure: Callable[[Any], Tensor]) -> int:
@@ -289,61 +412,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _warm(self, number: int) -> None:
         active = [unit for unit in self._all_units() if unit.active()]
-        gate = self._check_gradients(active)
         settings = [self._group_settings(group) for group in self.param_groups]
+        heard = self._means(self._taps.heard(active), settings)
+        gate = self._check_gradients(active, heard)
         recipes = self._bind(active)
         with full_precision():
-            engine.warm(self._storage.buckets, recipes, settings, gate, number)
-
-    # -- what it knows --------------------------------------------------------------------------------------------
-
-    def curvature(self, target: nn.Module | Tensor) -> Tensor:
-        """The dense curvature held now, undamped and debiased.
-
-        Args:
-            target: a parameter, or a module with one weight.
-
-        Returns:
-            ``[numel, numel]``, rows in the parameter's row-major order, a joined bias last.
-
-        Raises:
-            ValueError: where there is none.
-        """
-        parameter = target if isinstance(target, Tensor) else next(iter(target.parameters(recurse=False)), None)
-        recipes = self._bind()
-        for bucket in self._storage.buckets:
-            for row, unit in enumerate(bucket.units):
-                if unit.lead is parameter and bucket.block is not None:
-                    recipe = recipes[unit]
-                    state = {name: value[row : row + 1] for name, value in bucket.state.items() if name in bucket.specs}
-                    _, updates, warm = bucket.counters[row].tolist()
-                    scale = recipe.moment.scale(updates, bool(warm))
-                    dense = bucket.block.dense(state, recipe, scale)[0]
-                    index = torch.arange(dense.shape[0]).view(unit.layout.shape)
-                    order = torch.cat([window.flatten() for window in unit.operand.windows(index)]).to(dense.device)
-                    return dense[order][:, order]
-        what = (
-            type(target).__name__
-            if parameter is None or isinstance(target, nn.Module)
-            else f"shape {list(target.shape)}"
-        )
-        raise ValueError(
-            f"no curvature is held for {what}: it had no gradient yet, is joined to its weight, or needs none"
-        )
-
-    def health(self) -> Health:
-        """Refreshed residuals, kept roots and masked steps, by parameter name."""
-        self._bind()
-        return health_of(self._storage.buckets, self._masked)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of optimizer state by role: statistics, roots, momentum, …; ``workspace`` holds packed gradients."""
-        self._bind()
-        total: dict[str, int] = {}
-        for bucket in self._storage.buckets:
-            for role, size in bucket.nbytes().items():
-                total[role] = total.get(role, 0) + size
-        return total
+            engine.warm(self._storage.buckets, recipes, settings, gate, heard, number)
+        self._taps.settle()
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -390,7 +465,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        """Drop everything that can be derived again."""
+        """Drop everything that can be derived again; a copy hears nothing until it is attached."""
         self._storage = Storage()
         self._units = None
         self._cache = None
@@ -408,6 +483,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._readings, self._taps, self._told = {}, Taps(), frozenset()
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:
@@ -415,17 +491,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
-
-    def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} ("]
-        for number, (group, table) in enumerate(zip(self.param_groups, self._tables(), strict=True)):
-            shown = {name: value for name, value in group.items() if name not in ("params", "param_names", "steps")}
-            lines.append(
-                f"  group {number}: {len(group['params'])} parameters, "
-                + ", ".join(f"{k}={v}" for k, v in shown.items())
-            )
-            lines += [f"    {route} -> {route.recipe.partition}" for route in table]
-        return "\n".join([*lines, ")"])
 
 
 def _is_schedule(value: Any) -> bool:

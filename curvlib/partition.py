@@ -50,12 +50,15 @@ class Partition:
     def __str__(self) -> str:
         return str(self.sentence)
 
-    def layout(self, sizes: Mapping[str, int], joined: Sequence[str] = ()) -> Layout:
+    def layout(
+        self, sizes: Mapping[str, int], joined: Sequence[str] = (), sources: Sequence[Sequence[str]] = ()
+    ) -> Layout:
         """Make the partition exact for axes of these sizes.
 
         Args:
             sizes: axis name -> entries, in the operand's row-major order, e.g. ``{"o": 64, "i": 32, "k1": 3, "k2": 3}``.
             joined: the input axes when a bias is joined to them as one more column.
+            sources: the axes that each of a layer's signals carries: the output gradient's, the input's.
 
         Raises:
             PartitionError: an unknown axis, an axis not named, or joined axes that the partition separates.
@@ -63,7 +66,7 @@ class Partition:
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 0:
                 raise PartitionError(f"axis {name!r} has size {size!r}; sizes are whole numbers from 0", self.text)
-        return compile_layout(self.sentence, self.text, sizes, joined)
+        return compile_layout(self.sentence, self.text, sizes, joined, sources)
 
     @property
     def diagonal(self) -> bool:

@@ -16,6 +16,7 @@ import torch
 from .partition import Partition
 
 Number = float | Callable[[int], float]
+Labels = Literal["data", "sampled", "exact"]
 T = TypeVar("T")
 
 
@@ -59,7 +60,10 @@ class Moment:
 
     Args:
         of: ``"gradient"``: of the batch gradient (the mean over examples of per-example loss gradients);
-            ``"momentum"``: of what the rule's momentum makes of it.
+            ``"momentum"``: of what the rule's momentum makes of it; ``"samples"``: the mean over examples of the second
+            moments of their own gradients; ``"signals"``: every factor is the second moment of the one signal of its
+            layer that carries its axes, the input or the output gradient (KFAC). The last two listen to the layers of an
+            attached model; parameters whose layers can't be heard have the gradient's moment instead, said once.
         average: ``"ema"``: β F + (1-β) S; ``"sum"``: F + S; ``"mean"``: the running mean over all updates.
         beta: β of the EMA.
         debias: divide an EMA by 1 - β^n after n updates.
@@ -69,9 +73,15 @@ class Moment:
         centered: subtract the outer product of the gradient's own EMA (diagonal partitions only).
         maximum: keep the entrywise maximum over steps (AMSGrad; diagonal partitions only).
         dtype: ``"float32"``: float32 or the parameter's dtype if that is wider; ``"parameter"``: the parameter's.
+        labels: whose gradients are heard: ``"data"``: the training backward's own; ``"sampled"``: of labels drawn from the
+            model; ``"exact"``: the mean over all such labels in closed form (type-2 Fisher, the generalised Gauss-Newton
+            matrix). The last two need ``optimizer.observe`` in the loop.
+        sharing: for ``"signals"``, of a layer's shared positions: ``"expand"``: each counts by itself; ``"reduce"``: inputs
+            are averaged and output gradients summed first (Eschenhagen et al. 2023).
+        subsample: use every s-th example only (for ``"expand"``, position), scaled up to all.
     """
 
-    of: Literal["gradient", "momentum"] = "gradient"
+    of: Literal["gradient", "momentum", "samples", "signals"] = "gradient"
     average: Literal["ema", "sum", "mean"] = "ema"
     beta: Number = 0.9
     debias: bool = False
@@ -80,14 +90,31 @@ class Moment:
     centered: bool = False
     maximum: bool = False
     dtype: Literal["float32", "parameter"] = "float32"
+    labels: Labels = "data"
+    sharing: Literal["expand", "reduce"] = "expand"
+    subsample: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("of", self.of, ("gradient", "momentum"))
+        check_choice("of", self.of, ("gradient", "momentum", "samples", "signals"))
+        check_choice("labels", self.labels, ("data", "sampled", "exact"))
+        check_choice("sharing", self.sharing, ("expand", "reduce"))
+        check_period("subsample", self.subsample)
         check_choice("average", self.average, ("ema", "sum", "mean"))
         check_choice("composition", self.composition, ("independent", "trace", "power-mean"))
         check_choice("dtype", self.dtype, ("float32", "parameter"))
         check_number("beta", self.beta, high=1.0)
         check_number("initial", self.initial)
+        if not self.listens and self.labels != "data":
+            raise ValueError(f"labels={self.labels!r} needs of='samples' or of='signals', got of={self.of!r}")
+        if self.of == "signals" and self.composition != "independent":
+            raise ValueError(f"of='signals' fills independent factors; got composition={self.composition!r}")
+        if self.listens and self.centered:
+            raise ValueError(f"centered=True needs of='gradient' or of='momentum', got of={self.of!r}")
+
+    @property
+    def listens(self) -> bool:
+        """Whether it needs the signals of a layer."""
+        return self.of in ("samples", "signals")
 
     def weights(self, updates: int) -> tuple[float, float]:
         """(keep, gain) of update number ``updates`` (from 0): F <- keep F + gain S."""
@@ -352,6 +379,15 @@ class Recipe:
         """The root's damping."""
         assert isinstance(self.root.damping, Damping)
         return self.root.damping
+
+    @property
+    def on_gradients(self) -> Recipe:
+        """This recipe for a parameter whose layer can't be heard: moments of the batch gradient, normalised by the trace."""
+        if not self.moment.listens:
+            return self
+        composition = "trace" if self.moment.composition == "independent" else self.moment.composition
+        moment = replace(self.moment, of="gradient", labels="data", composition=composition)
+        return replace(self, moment=moment)
 
     def at(self, step: int) -> Recipe:
         """This recipe with every callable replaced by its number at a step."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .layers import Operand, Slot, bare_slot, split_axes
-from .layout import Layout
+from .contraction import independent_places
+from .layers import Operand, Slot, bare_slot, group_axes, split_axes
+from .layout import Layout, joined_axes
 from .partition import PartitionError
 from .recipe import Recipe
 from .routing import Table, choose
@@ -28,6 +29,7 @@ class Unit:
         route: the number of the route in that group's table.
         why: the route's conditions, in words.
         layout: the partition, exact for the operand.
+        silent: why the recipe's moment of a layer's signals is replaced by the gradient's; empty where it is not.
     """
 
     operand: Operand
@@ -36,6 +38,11 @@ class Unit:
     route: int
     why: str
     layout: Layout
+    silent: str = ""
+
+    def layout_axes(self, sources: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+        """Axes of signals in the names of the layout, where a joined bias has merged the inputs'."""
+        return tuple(joined_axes(axes, self.operand.joined) for axes in sources)
 
     @property
     def lead(self) -> Tensor:
@@ -74,15 +81,31 @@ def build_units(groups: Groups, slots: Mapping[Tensor, Slot], tables: Sequence[T
         route = choose(table, slot)
         recipe = table[route].recipe
         operand = _operand(parameter, slot, recipe, known)
+        silent = _silence(slot, recipe)
+        sources = operand.named(slot.sources) if recipe.moment.listens and not silent else ()
         try:
-            layout = recipe.cut.layout(operand.sizes, operand.joined)
+            layout = recipe.cut.layout(operand.sizes, operand.joined, sources)
+            if sources and recipe.moment.of == "signals":
+                independent_places(layout)
         except PartitionError as error:
             raise error.about(slot.name) from None
+        except ValueError as error:
+            raise ValueError(f"{slot.name}: {error}; got partition {str(recipe.partition)!r}") from None
         parts = operand.parameters
         where = tuple(place[one] for one in parts)
-        units.append(Unit(operand, tuple(known[one] for one in parts), where, route, str(table[route]), layout))
+        slots_of = tuple(known[one] for one in parts)
+        units.append(Unit(operand, slots_of, where, route, str(table[route]), layout, silent))
         taken.update(parts)
     return units
+
+
+def _silence(slot: Slot, recipe: Recipe) -> str:
+    """Why a recipe that listens can't hear a parameter."""
+    if not recipe.moment.listens or recipe.root.exponent == 0:
+        return ""
+    if recipe.axes is not None and slot.ndim != len(slot.sizes):
+        return f"axes={recipe.axes!r} renames axes that its layer splits"
+    return slot.silent or (slot.crossed if recipe.moment.of == "signals" else "")
 
 
 def _weights_first(known: Mapping[Tensor, Slot]) -> Iterable[Tensor]:
@@ -107,7 +130,9 @@ def _operand(parameter: Tensor, slot: Slot, recipe: Recipe, known: Mapping[Tenso
     """The operand of a parameter under a recipe: renamed axes, or its bias joined."""
     if recipe.axes is not None:
         try:
-            return Operand((parameter,), split_axes(recipe.axes, parameter.shape, recipe.sizes))
+            groups = group_axes(recipe.axes, parameter.shape)
+            renamed = {old: tuple(new) for old, new in zip(slot.sizes, groups, strict=False)}
+            return Operand((parameter,), split_axes(recipe.axes, parameter.shape, recipe.sizes), (), renamed)
         except ValueError as error:
             raise ValueError(f"{slot.name}: {error}") from None
     bias = slot.bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..layout import Layout
 from ..recipe import Recipe
-from .base import Block, Spec, State
+from .base import Block, Spec, State, Sums
 from .diagonal import DiagonalBlock
 from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
 from .standard import StandardBlock
@@ -23,6 +23,7 @@ __all__ = [
     "Spec",
     "StandardBlock",
     "State",
+    "Sums",
     "block_for",
 ]
 

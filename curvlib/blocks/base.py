@@ -6,17 +6,21 @@ that :meth:`Block.spec` registers by name, saves and restores it, and hands it t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..contraction import gradients, slices
 from ..layout import Layout
 from ..moments import Weight
+from ..precision import flush_subnormals_
 from ..recipe import Recipe
 from ..roots import RootJob
+from ..signals import Signal
 
 State = dict[str, Any]
 
@@ -31,6 +35,7 @@ class Spec:
         dtype: ``None`` is the dtype of the statistics.
         fill: the initial value.
         identity: start as identity matrices times ``fill`` instead.
+        of_input: a statistic of a layer's inputs alone, which scales with no gradient.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +43,7 @@ class Spec:
     dtype: torch.dtype | None = None
     fill: float = 0.0
     identity: bool = False
+    of_input: bool = False
 
     def create(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The initial state of n operands."""
@@ -45,6 +51,29 @@ class Spec:
         if self.identity:
             return self.fill * torch.eye(self.shape[-1], dtype=self.dtype or dtype, device=device).expand(full).clone()
         return torch.full(full, self.fill, dtype=self.dtype or dtype, device=device)
+
+
+@dataclass
+class Sums:
+    """What the passes since the last step said of one operand.
+
+    Attributes:
+        tensors: statistic -> the sum of second moments over examples, ``[*spec.shape]``.
+        of_input: those that are of inputs alone.
+        examples: how many examples.
+        places: how many input vectors the statistics of inputs sum over.
+    """
+
+    tensors: dict[str, Tensor]
+    of_input: frozenset[str]
+    examples: float | Tensor = 0.0
+    places: float | Tensor = 0.0
+
+    def means(self, scale: float | Tensor) -> dict[str, Tensor]:
+        """Means over examples: gradients' statistics times ``scale``, inputs' over the number of input vectors."""
+        return {
+            name: value * (1 / self.places if name in self.of_input else scale) for name, value in self.tensors.items()
+        }
 
 
 class Block:
@@ -68,6 +97,12 @@ class Block:
         """The state of one operand, by name."""
         raise _missing(self, "spec")
 
+    def sums(self, dtype: torch.dtype, device: torch.device) -> Sums:
+        """Empty sums of one operand's statistics."""
+        specs = {name: spec for name, spec in self.spec().items() if spec.role == "statistics"}
+        tensors = {name: torch.zeros(spec.shape, dtype=dtype, device=device) for name, spec in specs.items()}
+        return Sums(tensors, frozenset(name for name, spec in specs.items() if spec.of_input))
+
     def update(self, state: State, operand: Any, keep: Weight, gain: Weight) -> None:
         """Average a new second moment in, F <- keep F + gain S, in place.
 
@@ -78,6 +113,37 @@ class Block:
             gain: weight of the new one.
         """
         raise _missing(self, "update")
+
+    def collect(self, sums: Sums, signals: Sequence[Signal], recipe: Recipe) -> None:
+        """Add what one backward pass says of one operand: sums over its examples, in place.
+
+        This falls back to :meth:`update` with the gradient of every single example, which is slow.
+
+        Args:
+            sums: one tensor for each statistic, ``[*spec.shape]``.
+            signals: of the same examples; their gradients add up.
+            recipe: the numbers of this step.
+        """
+        state = {name: value[None] for name, value in sums.tensors.items()}
+        for part in slices(signals, math.prod(self.layout.shape)):
+            for gradient in gradients(part, self.layout).split(1):
+                self.update(state, gradient, 1.0, part[0].gain)
+
+    def average(self, state: State, means: Sequence[Mapping[str, Tensor]], keep: Weight, gain: Weight) -> None:
+        """Average what was collected in, F <- keep F + gain S, in place.
+
+        Args:
+            state: name -> ``[n, *shape]``.
+            means: for each of the n operands its collected statistics, as means over examples.
+            keep: weight of the old value, a number or a 0-d tensor.
+            gain: weight of the new one.
+        """
+        for name in means[0]:
+            rows = list(state[name])
+            torch._foreach_mul_(rows, keep)
+            torch._foreach_add_(rows, torch._foreach_mul([mean[name] for mean in means], gain))
+            for row in rows:
+                flush_subnormals_(row)
 
     def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
         """What must be solved at a refresh, for all operands; the engine solves equal sizes of all blocks together.

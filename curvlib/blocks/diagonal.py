@@ -6,13 +6,17 @@ the framework's multi-tensor kernels read each tensor where it lies.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+from ..contraction import Target, add_independent, add_samples, independent_places
 from ..layout import Layout
 from ..moments import Weight
 from ..recipe import Damping, Recipe, number
-from .base import Block, Spec, State
+from ..signals import Signal
+from .base import Block, Spec, State, Sums
 
 
 class DiagonalBlock(Block):
@@ -35,7 +39,7 @@ class DiagonalBlock(Block):
         if self._centered:
             specs["mean"] = Spec(self.layout.shape)
         if self._maximum:
-            specs["peak"] = Spec(self.layout.shape)
+            specs["peak"] = Spec(self.layout.shape, "peak")
         return specs
 
     def update(self, state: State, operand: list[Tensor], keep: Weight, gain: Weight) -> None:
@@ -50,6 +54,27 @@ class DiagonalBlock(Block):
             torch._foreach_add_(state["mean"], torch._foreach_mul(operand, gain))
         if self._maximum:
             torch._foreach_maximum_(state["peak"], state["moment"])
+
+    def collect(self, sums: Sums, signals: Sequence[Signal], recipe: Recipe) -> None:
+        """Add the squares of single examples' gradients, or of a bias' output gradients."""
+        total = sums.tensors["moment"]
+        if not total.numel():
+            return
+        flat = total.new_zeros(1, total.numel())
+        if recipe.moment.of == "signals":
+            place = independent_places(self.layout)[0][0]
+            add_independent(flat, place, self.layout, signals[0], recipe.moment.sharing == "reduce")
+        else:
+            add_samples([Target(0, 0, flat)], self.layout, signals)
+        total.add_(self.layout.unblock([flat.view(self.layout.regions[0].shape)], total[None])[0])
+
+    def average(self, state: State, means: Sequence[Mapping[str, Tensor]], keep: Weight, gain: Weight) -> None:
+        """Entrywise v <- keep v + gain S."""
+        rows = state["moment"]
+        shaped = [{"moment": mean["moment"].view(row.shape)} for mean, row in zip(means, rows, strict=True)]
+        super().average({"moment": rows}, shaped, keep, gain)
+        if self._maximum:
+            torch._foreach_maximum_(state["peak"], rows)
 
     def apply(self, state: State, operand: list[Tensor], recipe: Recipe, exponent: float, scale: float) -> list[Tensor]:
         """(scale v + λ)^-p g, or g / ((scale v)^p + ε)."""

@@ -2,108 +2,158 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import moments
-from ..layout import Layout, Region
+from ..contraction import Place, Target, add_independent, add_samples, independent_places
+from ..layout import FactorShape, Layout, Region
 from ..moments import Weight
 from ..recipe import Recipe
 from ..recipe import number as as_float
 from ..roots import SILENT, How, RootJob, diagonal_root, solve
-from .base import Block, Spec, State
+from ..signals import Signal
+from .base import Block, Spec, State, Sums
 
 
 class StandardBlock(Block):
     """Every region of a layout stores its factors and their roots: ``factor_{region}_{number}``, ``root_…``.
 
-    Factors of size one are left out where the composition normalises them away (see :class:`~curvlib.recipe.Moment`).
+    Factors of size one are left out where the composition normalises them away (see :class:`~curvlib.recipe.Moment`). A
+    factor that comes from one of a layer's signals is stored once for all blocks that share it.
     """
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)
-        composition = recipe.moment.composition
-        self._active = [_active(region, composition) for region in layout.regions]
         self._initial = as_float(recipe.moment.initial)
+        if recipe.moment.of == "signals":
+            self._places = independent_places(layout)
+        else:
+            self._places = [
+                [
+                    Place(index, number, f"{index}_{number}", (True,) * len(region.own))
+                    for number in _active(region, recipe.moment.composition)
+                ]
+                for index, region in enumerate(layout.regions)
+            ]
 
-    def _factors(self) -> Iterator[tuple[int, Region, int, str]]:
-        """(region number, region, factor number, suffix of its state) of every stored factor."""
-        for index, region in enumerate(self.layout.regions):
-            for number in self._active[index]:
-                yield index, region, number, f"{index}_{number}"
+    def _stored(self) -> Iterator[tuple[Region, Place]]:
+        """Every stored factor with the region it is defined in."""
+        for index, places in enumerate(self._places):
+            for place in places:
+                if place.region == index:
+                    yield self.layout.regions[index], place
 
     def spec(self) -> dict[str, Spec]:
-        """Factors ``[blocks, f, f]`` (diagonal: ``[blocks, f]``), their roots, and each root's residual and count."""
+        """Factors ``[rows, f, f]`` (diagonal: ``[rows, f]``), their roots, and each root's residual and count."""
         specs: dict[str, Spec] = {}
-        for _, region, number, name in self._factors():
-            shape = (region.blocks, *region.factors[number].shape)
-            dense = not region.factors[number].diagonal
-            specs[f"factor_{name}"] = Spec(shape, fill=self._initial, identity=dense)
-            specs[f"root_{name}"] = Spec(shape, "roots", fill=1.0, identity=dense)
+        for region, place in self._stored():
+            factor, rows = region.factors[place.number], place.rows(region)
+            dense = not factor.diagonal
+            name = place.name
+            specs[f"factor_{name}"] = Spec(
+                (rows, *factor.shape), fill=self._initial, identity=dense, of_input=place.source == 1
+            )
+            specs.update(self._root_spec(name, rows, factor))
             if dense:
-                specs[f"residual_{name}"] = Spec((region.blocks,), "diagnostics")
-                specs[f"kept_{name}"] = Spec((region.blocks,), "diagnostics", dtype=torch.int64)
+                specs[f"residual_{name}"] = Spec((rows,), "diagnostics")
+                specs[f"kept_{name}"] = Spec((rows,), "diagnostics", dtype=torch.int64)
         return specs
+
+    def _root_spec(self, name: str, rows: int, factor: FactorShape) -> dict[str, Spec]:
+        return {f"root_{name}": Spec((rows, *factor.shape), "roots", fill=1.0, identity=not factor.diagonal)}
 
     def update(self, state: State, operand: Tensor, keep: Weight, gain: Weight) -> None:
         """Accumulate the generated second moment of every factor."""
         blocks = self.layout.block(operand)
-        for index, _, number, name in self._factors():
-            moments.accumulate(state[f"factor_{name}"].flatten(0, 1), blocks[index], number, keep, gain)
+        for _, place in self._stored():
+            factor = state[f"factor_{place.name}"].flatten(0, 1)
+            moments.accumulate(factor, blocks[place.region], place.number, keep, gain)
+
+    def collect(self, sums: Sums, signals: Sequence[Signal], recipe: Recipe) -> None:
+        """Add the generated second moments of single examples' gradients, or of the signals by themselves."""
+        if recipe.moment.of == "samples":
+            targets = [
+                Target(place.region, place.number, sums.tensors[f"factor_{place.name}"]) for _, place in self._stored()
+            ]
+            add_samples(targets, self.layout, signals)
+            return
+        for _, place in self._stored():
+            if f"factor_{place.name}" in sums.tensors:
+                total = sums.tensors[f"factor_{place.name}"]
+                add_independent(total, place, self.layout, signals[0], recipe.moment.sharing == "reduce")
 
     def _prepared(
         self, state: State, index: int, recipe: Recipe, scale: float, exponent: float
-    ) -> Iterator[tuple[int, Tensor, Tensor | float, Tensor | float, How]]:
-        """(factor number, factor, scale, damping, how) of a region's stored factors, ``[n * blocks, …]``."""
-        active = self._active[index]
-        factors = [state[f"factor_{index}_{number}"].flatten(0, 1) for number in active]
+    ) -> Iterator[tuple[Place, Tensor, Tensor | float, Tensor | float, How]]:
+        """(place, factor, scale, damping, how) of a region's factors, ``[n * rows, …]``."""
+        region, places = self.layout.regions[index], self._places[index]
+        factors = [state[f"factor_{place.name}"].flatten(0, 1) for place in places]
         scaled = moments.scales(factors, scale, recipe.moment.composition)
-        damped = moments.dampings(factors, scaled, recipe.damping, self.layout.regions[index].blocks)
-        power = moments.power(exponent, recipe.moment.composition, len(active))
-        for number, factor, factor_scale, damping in zip(active, factors, scaled, damped, strict=True):
-            yield number, factor, factor_scale, damping, _how(recipe, power, factor.dtype)
+        rows = [place.rows(region) for place in places]
+        damped = moments.dampings(factors, scaled, recipe.damping, rows)
+        power = moments.power(exponent, recipe.moment.composition, len(places))
+        for place, factor, factor_scale, damping in zip(places, factors, scaled, damped, strict=True):
+            yield place, factor, factor_scale, damping, _how(recipe, power, factor.dtype)
 
     def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
         """A job for every dense factor; diagonal factors are done at once."""
         for index in range(len(self.layout.regions)):
-            prepared = self._prepared(state, index, recipe, scale, float(recipe.root.exponent))
-            for number, factor, factor_scale, damping, how in prepared:
-                name = f"{index}_{number}"
-                root = state[f"root_{name}"].flatten(0, 1)
+            for place, factor, factor_scale, damping, how in self._prepared(
+                state, index, recipe, scale, float(recipe.root.exponent)
+            ):
+                if place.region != index:
+                    continue
+                root = state[f"root_{place.name}"].flatten(0, 1)
                 if factor.ndim == 2:
                     root.copy_(_diagonal(factor, factor_scale, damping, how))
                     continue
-                residual, kept = state[f"residual_{name}"].flatten(), state[f"kept_{name}"].flatten()
+                residual, kept = (state[f"{what}_{place.name}"].flatten() for what in ("residual", "kept"))
                 yield RootJob(factor, factor_scale, damping, how, root, residual, kept)
 
     def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
         """Mode products of the operand with the roots; exponents other than the recipe's are solved for now."""
         blocks = self.layout.block(operand)
-        stored = exponent == recipe.root.exponent
-        directions = []
-        for index, block in enumerate(blocks):
-            roots = self._stored(state, index) if stored else self._solved(state, index, recipe, scale, exponent)
-            for number, root in roots:
-                block = mode_product(block, root, number)
-            directions.append(block)
+        if exponent == recipe.root.exponent:
+            directions = self._apply_stored(state, blocks, recipe)
+        else:
+            directions = [
+                self._multiplied(index, block, self._solved(state, index, recipe, scale, exponent))
+                for index, block in enumerate(blocks)
+            ]
         return self.layout.unblock(directions, operand)
 
-    def _stored(self, state: State, index: int) -> Iterator[tuple[int, Tensor]]:
-        for number in self._active[index]:
-            yield number, state[f"root_{index}_{number}"].flatten(0, 1)
+    def _apply_stored(self, state: State, blocks: list[Tensor], recipe: Recipe) -> list[Tensor]:
+        return [
+            self._multiplied(
+                index, block, ((place, state[f"root_{place.name}"].flatten(0, 1)) for place in self._places[index])
+            )
+            for index, block in enumerate(blocks)
+        ]
+
+    def _multiplied(self, index: int, block: Tensor, matrices: Iterable[tuple[Place, Tensor]]) -> Tensor:
+        region = self.layout.regions[index]
+        for place, matrix in matrices:
+            if all(place.carried):
+                block = mode_product(block, matrix, place.number)
+                continue
+            gathered = _gathered(block, region, place)
+            product = mode_product(gathered.flatten(1, 2).contiguous(), matrix, place.number)
+            block = _scattered(product.view(gathered.shape), region, place, block)
+        return block
 
     def _solved(
         self, state: State, index: int, recipe: Recipe, scale: float, exponent: float
-    ) -> Iterator[tuple[int, Tensor]]:
-        for number, factor, factor_scale, damping, how in self._prepared(state, index, recipe, scale, exponent):
+    ) -> Iterator[tuple[Place, Tensor]]:
+        for place, factor, factor_scale, damping, how in self._prepared(state, index, recipe, scale, exponent):
             shift = damping if exponent > 0 else 0.0
             if factor.ndim == 2:
-                yield number, _diagonal(factor, factor_scale, shift, how)
+                yield place, _diagonal(factor, factor_scale, shift, how)
                 continue
             matrix = factor * _rows(factor_scale, factor)[:, None, None]
-            yield number, matrix if how.power == -1 else solve(matrix, _rows(shift, factor), how)[0]
+            yield place, matrix if how.power == -1 else solve(matrix, _rows(shift, factor), how)[0]
 
     def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
         """Kronecker products of the factors, put in place."""
@@ -115,7 +165,10 @@ class StandardBlock(Block):
         dense = torch.zeros(n, numel, numel, dtype=some.dtype, device=some.device)
         for index, (region, positions) in enumerate(zip(self.layout.regions, self.layout.index(), strict=True)):
             kron = torch.ones(n * region.blocks, 1, 1, dtype=some.dtype, device=some.device)
-            powers = dict(self._solved(state, index, recipe, scale, -1.0))
+            powers = {
+                place.number: _spread(matrix, region, place)
+                for place, matrix in StandardBlock._solved(self, state, index, recipe, scale, -1.0)
+            }
             for number, factor in enumerate(region.factors):
                 one = powers.get(number, torch.ones(n * region.blocks, 1, device=some.device, dtype=some.dtype))
                 kron = _batched_kron(kron, one.diag_embed() if factor.diagonal or one.ndim == 2 else one)
@@ -124,6 +177,41 @@ class StandardBlock(Block):
             for tie in range(region.ties):
                 dense[:, rows[:, tie, :, None], rows[:, tie, None, :]] = kron
         return dense
+
+
+def _own_order(region: Region, place: Place) -> list[int]:
+    """The own axes, those that index the factor first."""
+    held = [dim for dim, carried in enumerate(place.carried) if carried]
+    return held + [dim for dim, carried in enumerate(place.carried) if not carried]
+
+
+def _gathered(block: Tensor, region: Region, place: Place) -> Tensor:
+    """``[n * blocks, ties, …]`` -> ``[n * rows, blocks / rows, ties, …]``: blocks that share a factor side by side."""
+    sizes = [axis.size for axis in region.own]
+    n = block.shape[0] // max(1, region.blocks)
+    apart = block.unflatten(0, (n, *sizes))
+    order = [0, *(1 + dim for dim in _own_order(region, place))]
+    moved = apart.permute(*order, *range(1 + len(sizes), apart.ndim))
+    return moved.reshape(n * place.rows(region), -1, *block.shape[1:])
+
+
+def _scattered(gathered: Tensor, region: Region, place: Place, like: Tensor) -> Tensor:
+    """The inverse of :func:`_gathered`."""
+    order = _own_order(region, place)
+    n = like.shape[0] // max(1, region.blocks)
+    apart = gathered.reshape(n, *(region.own[dim].size for dim in order), *like.shape[1:])
+    back = [0, *(1 + order.index(dim) for dim in range(len(order)))]
+    return apart.permute(*back, *range(1 + len(order), apart.ndim)).reshape(like.shape)
+
+
+def _spread(matrix: Tensor, region: Region, place: Place) -> Tensor:
+    """A factor for every block: ``[n * rows, …]`` -> ``[n * blocks, …]``."""
+    if all(place.carried):
+        return matrix
+    n = matrix.shape[0] // place.rows(region)
+    held = [axis.size if carried else 1 for axis, carried in zip(region.own, place.carried, strict=True)]
+    full = matrix.reshape(n, *held, *matrix.shape[1:])
+    return full.expand(n, *(axis.size for axis in region.own), *matrix.shape[1:]).reshape(-1, *matrix.shape[1:])
 
 
 def _active(region: Region, composition: str) -> list[int]:

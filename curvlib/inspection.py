@@ -1,0 +1,103 @@
+"""What an optimizer tells of itself: routes, curvature, health, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .health import Health, health_of
+from .recipe import Recipe
+from .routing import Table
+from .storage import Storage
+from .units import Unit
+
+
+class Inspection:
+    """The questions one can ask an optimizer; it answers from its storage."""
+
+    param_groups: list[dict[str, Any]]
+    _storage: Storage
+    _masked: dict[str, Tensor]
+
+    def _recipes(self) -> dict[Unit, Recipe]:
+        raise NotImplementedError
+
+    def _tables(self) -> list[Table]:
+        raise NotImplementedError
+
+    def _bind(self) -> dict[Unit, Recipe]:
+        raise NotImplementedError
+
+    def routing(self) -> dict[str, str]:
+        """Parameter name -> its partition, and why: the route that took it.
+
+        A joined bias says so.
+        """
+        result = {}
+        for unit, recipe in self._recipes().items():
+            reason = f"; on the batch gradient: {unit.silent}" if unit.silent else ""
+            result[unit.name] = f"{recipe.partition} (route {unit.route}: {unit.why}{reason})"
+            for slot in unit.slots[1:]:
+                result[slot.name] = f"joined to {unit.name}"
+        return result
+
+    def curvature(self, target: nn.Module | Tensor) -> Tensor:
+        """The dense curvature held now, undamped and debiased.
+
+        Args:
+            target: a parameter, or a module with one weight.
+
+        Returns:
+            ``[numel, numel]``, rows in the parameter's row-major order, a joined bias last.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        parameter = target if isinstance(target, Tensor) else next(iter(target.parameters(recurse=False)), None)
+        recipes = self._bind()
+        for bucket in self._storage.buckets:
+            for row, unit in enumerate(bucket.units):
+                if unit.lead is parameter and bucket.block is not None:
+                    recipe = recipes[unit]
+                    state = {name: value[row : row + 1] for name, value in bucket.state.items() if name in bucket.specs}
+                    _, updates, warm = bucket.counters[row].tolist()
+                    scale = recipe.moment.scale(updates, bool(warm))
+                    dense = bucket.block.dense(state, recipe, scale)[0]
+                    index = torch.arange(dense.shape[0]).view(unit.layout.shape)
+                    order = torch.cat([window.flatten() for window in unit.operand.windows(index)]).to(dense.device)
+                    return dense[order][:, order]
+        what = (
+            type(target).__name__
+            if parameter is None or isinstance(target, nn.Module)
+            else f"shape {list(target.shape)}"
+        )
+        raise ValueError(
+            f"no curvature is held for {what}: it had no gradient yet, is joined to its weight, or needs none"
+        )
+
+    def health(self) -> Health:
+        """Refreshed residuals, kept roots and masked steps, by parameter name."""
+        self._bind()
+        return health_of(self._storage.buckets, self._masked)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of optimizer state by role: statistics, roots, momentum, …; ``workspace`` holds packed gradients."""
+        self._bind()
+        total: dict[str, int] = {}
+        for bucket in self._storage.buckets:
+            for role, size in bucket.nbytes().items():
+                total[role] = total.get(role, 0) + size
+        return total
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for number, (group, table) in enumerate(zip(self.param_groups, self._tables(), strict=True)):
+            shown = {name: value for name, value in group.items() if name not in ("params", "param_names", "steps")}
+            lines.append(
+                f"  group {number}: {len(group['params'])} parameters, "
+                + ", ".join(f"{k}={v}" for k, v in shown.items())
+            )
+            lines += [f"    {route} -> {route.recipe.partition}" for route in table]
+        return "\n".join([*lines, ")"])

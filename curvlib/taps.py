@@ -1,0 +1,449 @@
+"""Taps: what hooks hear of a model's layers, under accumulation, checkpointing, autocast, masks and repeated calls.
+
+One forward hook on a layer saves its input, as autograd would, and registers one hook on its output; that one fires in
+the backward pass, once, with the output's gradient. Together they are a :class:`~curvlib.signals.Signal`, which is summed
+into the statistics of the layer's parameters at once, or when all calls of the layer have been heard.
+
+What is heard is dropped like gradients: what comes after ``zero_grad`` replaces what came before it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+
+from .blocks import Block, Sums, block_for
+from .layers import Reading
+from .precision import full_precision
+from .recipe import Recipe
+from .signals import Index, Signal, joined
+from .units import Unit
+
+_FORWARD = -1  # the graph task of what runs outside any backward pass
+
+
+class TapError(RuntimeError):
+    """A layer could not be heard, or not be understood; names it and the way out."""
+
+
+class TapWarning(UserWarning):
+    """Parameters whose layers can't be heard have moments of the batch gradient instead."""
+
+
+class _Saved(torch.autograd.Function):
+    """Keeps a tensor as autograd keeps it: under checkpointing it is computed again when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(value)
+        return anchor.new_empty(0)
+
+
+def _save(value: Tensor) -> Any:
+    anchor = torch.zeros((), requires_grad=True)
+    return _Saved.apply(anchor, value).grad_fn  # type: ignore[no-untyped-call]
+
+
+def _pass() -> int:
+    return torch._C._current_graph_task_id()
+
+
+def _silent(*_: Any) -> None:
+    """What a copied or unpickled hook does."""
+
+
+def _muted() -> Callable[..., None]:
+    return _silent
+
+
+class _Hook:
+    """The forward hook of one layer; a copy of the model has a silent one, so that nothing is copied or heard with it."""
+
+    def __init__(self, taps: Taps) -> None:
+        self._taps = weakref.ref(taps)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        taps = self._taps()
+        if taps is None or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+            return
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
+            taps.called(module, args[0] if args else next(iter(kwargs.values())), output)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return _silent
+
+    def __reduce__(self) -> Any:
+        return _muted, ()
+
+
+@dataclass(eq=False)
+class Ear:
+    """One listening unit.
+
+    Attributes:
+        unit: whose layers are heard.
+        recipe: what it is routed to.
+        block: its structure.
+        readings: the layers that speak of it.
+        due: whether statistics are due.
+        calls: calls of its layers that have not been heard yet.
+        waiting: signals of calls, by backward pass, until all calls have been heard.
+        sums: what has been heard since the last step.
+        ever: whether anything was ever heard.
+    """
+
+    unit: Unit
+    recipe: Recipe
+    block: Block
+    readings: Sequence[Reading]
+    due: bool = True
+    calls: int = 0
+    waiting: dict[int, list[Signal]] = field(default_factory=dict)
+    sums: Sums | None = None
+    ever: bool = False
+    passes: int = 0
+
+    def trains(self) -> bool:
+        """Whether any of its parameters wants a gradient."""
+        return any(parameter.requires_grad for parameter in self.unit.operand.parameters)
+
+    def empty(self) -> Sums:
+        """Sums of nothing."""
+        lead = self.unit.lead
+        return self.block.sums(self.recipe.moment.dtype_for(lead.dtype), lead.device)
+
+    def take(self, repeated: bool) -> None:
+        """Sum up what is waiting, one backward pass after another.
+
+        Args:
+            repeated: the same inputs were summed up before, with another seed.
+        """
+        moment = self.recipe.moment
+        for signals in self.waiting.values():
+            if self.sums is None:
+                self.sums = self.empty()
+            sums = self.sums
+            dtype = moment.dtype_for(self.unit.lead.dtype)
+            try:
+                together = [joined(same).cast(dtype) for same in _by_sources(signals)]
+            except ValueError as error:
+                raise TapError(
+                    f"the layer of {self.unit.name} {error}; its calls can't be paired by example. Route this parameter "
+                    "to a recipe with of='gradient'"
+                ) from None
+            if not repeated:
+                sums.examples = sums.examples + _examples(together[0])
+            over_positions = moment.of == "signals" and moment.sharing == "expand"
+            together = [one.thinned(moment.subsample, self.passes, over_positions) for one in together]
+            if repeated:
+                rest = {name: value for name, value in sums.tensors.items() if name not in sums.of_input}
+                self.block.collect(replace(sums, tensors=rest), together, self.recipe)
+            else:
+                sums.places = sums.places + (_places(together[0]) if over_positions else _examples(together[0]))
+                self.block.collect(sums, together, self.recipe)
+            self.passes += not repeated
+            self.ever = True
+        self.waiting = {}
+
+
+def _by_sources(signals: Sequence[Signal]) -> Iterator[list[Signal]]:
+    groups: dict[tuple[tuple[str, ...], ...], list[Signal]] = defaultdict(list)
+    for signal in signals:
+        groups[signal.delta_axes, signal.input_axes].append(signal)
+    return iter(groups.values())
+
+
+def _examples(signal: Signal) -> float | Tensor:
+    if signal.weight is None:
+        return float(signal.delta.shape[0])
+    return (signal.weight > 0).any(1).sum().to(torch.float64)
+
+
+def _places(signal: Signal) -> float | Tensor:
+    if signal.weight is None:
+        return float(signal.delta.shape[0] * signal.delta.shape[1])
+    return (signal.weight > 0).sum().to(torch.float64)
+
+
+class Taps:
+    """The hooks of one optimizer on one model."""
+
+    def __init__(self) -> None:
+        self.ears: dict[Tensor, Ear] = {}
+        self._layers: dict[nn.Module, list[tuple[Ear, Reading]]] = {}
+        self._handles: dict[nn.Module, Any] = {}
+        self._edges: list[GradientEdge] = []
+        self._batches: dict[int, tuple[int, str]] = {}
+        self._declared: tuple[int, Tensor | None] | None = None
+        self._seed: int | None = None  # the number of the seed that is pulled back now
+        self._labels = "data"  # whose gradients are coming
+        self._paused = False
+        self._stale = False
+        self.observed = False
+        self.count_always = False
+        self.examples: float | Tensor = 0.0
+
+    # -- who listens --------------------------------------------------------------------------------------------------
+
+    def listen(self, units: Iterable[tuple[Unit, Recipe]], readings: Mapping[Tensor, Sequence[Reading]]) -> None:
+        """Put hooks on the layers of these units, and take them off all others."""
+        ears: dict[Tensor, Ear] = {}
+        self._layers = {}
+        for unit, recipe in units:
+            block = block_for(unit.layout, recipe, bool(unit.operand.joined))
+            if block is None:
+                continue
+            old = self.ears.get(unit.lead)
+            ear = Ear(unit, recipe, block, readings[unit.lead])
+            if old is not None and old.unit.layout == unit.layout:
+                ear.sums, ear.ever, ear.calls, ear.due = old.sums, old.ever, old.calls, old.due
+            ears[unit.lead] = ear
+            for reading in ear.readings:
+                self._layers.setdefault(reading.module, []).append((ear, reading))
+        self.ears = ears
+        for module in [module for module in self._handles if module not in self._layers]:
+            self._handles.pop(module).remove()
+        for module in self._layers:
+            if module not in self._handles:
+                self._handles[module] = module.register_forward_hook(_Hook(self), with_kwargs=True)
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles.values():
+            handle.remove()
+        self.__init__()  # type: ignore[misc]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hear nothing for a while."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def expect(self, due: Mapping[Tensor, bool]) -> None:
+        """Say whose statistics are due at the next step, by lead parameter."""
+        for lead, ear in self.ears.items():
+            ear.due = due.get(lead, True)
+
+    # -- what is heard ------------------------------------------------------------------------------------------------
+
+    def called(self, module: nn.Module, value: Tensor, output: Tensor) -> None:
+        """A layer was called: hear the gradient of its output."""
+        ears = [ear for ear, _ in self._layers.get(module, ()) if ear.due and ear.trains()]
+        if self._paused or not (ears or self.count_always):
+            return
+        born = _pass()
+        if born == _FORWARD:
+            for ear in ears:
+                ear.calls += 1
+            if any(ear.recipe.moment.labels != "data" for ear in ears):
+                self._edges.append(get_gradient_edge(output))
+        saved, taps = _save(value), weakref.ref(self)
+
+        def hear(delta: Tensor) -> None:
+            mine = taps()
+            if mine is not None and not mine._paused:
+                mine._hear(module, saved, born, delta)
+
+        output.register_hook(hear)
+
+    @torch.no_grad()
+    def _hear(self, module: nn.Module, saved: Any, born: int, delta: Tensor) -> None:
+        seeded = self._seed is not None
+        number = _pass() if born == _FORWARD else born
+        self._begin(number)
+        for ear, reading in self._layers.get(module, ()):
+            if not ear.due or ear.recipe.moment.labels != self._labels:
+                continue
+            with full_precision():
+                signal = self._signal(ear, reading, saved.saved_tensors[0], delta, number)
+                ear.waiting.setdefault(number, []).append(signal)
+                heard = len(ear.waiting[number])
+                if born == _FORWARD and heard >= ear.calls:
+                    ear.take(bool(self._seed))
+                    ear.calls = ear.calls if seeded else 0
+        if self.count_always and not seeded and number not in self._batches:
+            self._count(number, delta.shape[0] if self._declared is None else self._declared[0], "")
+
+    def _begin(self, number: int) -> None:
+        """What comes after ``zero_grad`` replaces what came before."""
+        if self._stale:
+            self.forget()
+        # A unit whose earlier pass is over will hear no more of it.
+        for ear in self.ears.values():
+            if ear.waiting and number not in ear.waiting:
+                ear.take(bool(self._seed))
+
+    def _count(self, number: int, examples: int, name: str) -> None:
+        if number not in self._batches:
+            self._batches[number] = (examples, name)
+            self.examples = self.examples + examples
+
+    def _signal(self, ear: Ear, reading: Reading, value: Tensor, delta: Tensor, number: int) -> Signal:
+        """The signal of one call, in the axes of its unit."""
+        operand, tap = ear.unit.operand, reading.tap
+        sources = operand.named(reading.sources)
+        try:
+            out = tap.read_output(reading.module, delta)
+            given = tap.read_input(reading.module, value) if len(sources) > 1 else None
+            out = out.reshape(*out.shape[:2], *(operand.sizes[axis] for axis in sources[0]))
+            where = given.where if isinstance(given, Index) else given
+            if where is not None and where.shape[:2] != out.shape[:2]:
+                raise ValueError(
+                    f"has inputs of {list(where.shape[:2])} examples and positions, outputs of {list(out.shape[:2])}"
+                )
+        except (ValueError, RuntimeError) as error:
+            raise TapError(f"layer {reading.name} ({type(reading.module).__name__}) {error}") from error
+        examples = self._batch(reading.name, out.shape[0], number)
+        if isinstance(given, Tensor):
+            given = given.reshape(*given.shape[:2], *(operand.sizes[axis] for axis in sources[1]))
+            if operand.joined:
+                constant = 1.0 if _own_bias(reading.module) is operand.parameters[1] else 0.0
+                given = F.pad(given.flatten(given.ndim - len(operand.joined)), (0, 1), value=constant)
+        axes = ear.unit.layout_axes(sources)
+        signal = Signal(out, axes[0], given, axes[1] if len(axes) > 1 else ())
+        if examples != out.shape[0]:
+            signal = signal._map(lambda one: one.unflatten(0, (examples, -1)).flatten(1, 2))
+        return replace(signal, weight=self._weight(reading.name, signal))
+
+    def _batch(self, name: str, n: int, number: int) -> int:
+        """The examples behind a call; a layer may have folded positions into them."""
+        if self._declared is not None:
+            examples = self._declared[0]
+            if examples < 1 or n % examples:
+                raise TapError(f"layer {name} has a batch of {n}, which is no multiple of the {examples} examples observed")
+            self._count(number, examples, name)
+            return examples
+        self._count(number, n, name)
+        first, other = self._batches[number]
+        if first != n:
+            raise TapError(
+                f"layer {name} has a batch of {n}, layer {other} one of {first}: call optimizer.observe(outputs) before "
+                "backward, whose first dimension tells the examples; a layer may then hold several rows of each"
+            )
+        return n
+
+    def _weight(self, name: str, signal: Signal) -> Tensor | None:
+        mask = None if self._declared is None else self._declared[1]
+        if mask is None:
+            return None
+        n, t = signal.delta.shape[:2]
+        if mask.ndim == 1:
+            return mask[:, None].expand(n, t)
+        mask = mask.flatten(1)
+        if mask.shape[1] == t:
+            return mask
+        if t == 1:
+            return mask.any(1, keepdim=True)
+        raise TapError(f"the mask has {mask.shape[1]} positions, layer {name} has {t}; route it to a gradient's moment")
+
+    # -- observing ----------------------------------------------------------------------------------------------------
+
+    def declare(self, outputs: Tensor, mask: Tensor | None) -> None:
+        """Tell the examples of the next backward pass, and which of their positions count."""
+        self._declared = (outputs.shape[0], mask)
+
+    def asks(self, labels: str) -> bool:
+        """Whether statistics of such labels are due."""
+        return any(ear.due and ear.recipe.moment.labels == labels for ear in self.ears.values())
+
+    def pull(self, outputs: Tensor, seeds: Iterator[Tensor], labels: str) -> None:
+        """Pull seeds back through the network and hear what they say; no gradient is changed.
+
+        Raises:
+            TapError: where the layers are not in the graph of the outputs.
+        """
+        if self._stale:
+            self.forget()
+        ears = [ear for ear in self.ears.values() if ear.due and ear.recipe.moment.labels == labels]
+        edges = self._edges
+        if not edges or not outputs.requires_grad:
+            raise TapError(_unheard([ear.unit.name for ear in ears]))
+        self._labels = labels
+        try:
+            for self._seed, seed in enumerate(seeds):
+                torch.autograd.grad(outputs, edges, seed.to(outputs.dtype), retain_graph=True, allow_unused=True)
+                for ear in ears:
+                    ear.take(bool(self._seed))
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise TapError(
+                    "labels='sampled' and 'exact' pull back through the network, which checkpointing with "
+                    "use_reentrant=True forbids; use use_reentrant=False, or labels='data'"
+                ) from error
+            raise
+        finally:
+            self._seed, self._labels = None, "data"
+            for ear in ears:
+                ear.calls, ear.waiting = 0, {}
+            if not any(ear.calls for ear in self.ears.values() if ear.recipe.moment.labels != "data"):
+                self._edges = []
+        self.observed = True
+
+    def zeroed(self) -> None:
+        """Gradients were dropped: what was heard goes when something new comes."""
+        self._stale = True
+
+    def forget(self) -> None:
+        """Drop what was heard since the last step; calls whose backward pass is to come are still heard."""
+        for ear in self.ears.values():
+            ear.sums, ear.waiting = None, {}
+        self._batches = {}
+        self.examples = 0.0
+        self.observed = self._stale = False
+
+    def settle(self) -> None:
+        """A step is over: drop everything."""
+        self.forget()
+        self._edges, self._declared = [], None
+        for ear in self.ears.values():
+            ear.calls = 0
+
+    def heard(self, active: Iterable[Unit]) -> dict[Unit, Sums]:
+        """What each unit heard since the last step.
+
+        Args:
+            active: the units that have a gradient.
+
+        Raises:
+            TapError: where statistics are due and a layer was never heard, or all are silent.
+        """
+        mine = [self.ears[unit.lead] for unit in active if unit.lead in self.ears]
+        mine = [ear for ear in mine if ear.due]
+        asks = [ear for ear in mine if ear.recipe.moment.labels != "data"]
+        if asks and not self.observed:
+            raise TapError(
+                f"labels={asks[0].recipe.moment.labels!r}: statistics are due at this step and nothing was observed; call "
+                "optimizer.observe(outputs, likelihood=...) between the forward pass and loss.backward()"
+            )
+        for ear in mine:
+            ear.take(False)
+        missing = [ear.unit.name for ear in mine if ear.sums is None]
+        if missing and (len(missing) == len(mine) or any(not ear.ever for ear in mine if ear.sums is None)):
+            raise TapError(_unheard(missing))
+        return {ear.unit: ear.sums for ear in mine if ear.sums is not None}
+
+
+def _own_bias(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _unheard(names: Sequence[str]) -> str:
+    return (
+        f"nothing was heard of {', '.join(names[:8])}{' …' if len(names) > 8 else ''}, although statistics are due. Its layer "
+        "must be called as a module, under grad, after the optimizer was attached: attach before the first call of a "
+        "compiled model (and without fullgraph=True), do not pass weights to functional calls or torch.func, and use "
+        "checkpointing with use_reentrant=False if you call observe. Otherwise route it to a recipe with of='gradient'"
+    )
