@@ -4,15 +4,20 @@ from .health import Health, NonFiniteGradient
 from .labels import sample_labels
 from .layers import LayerKind, Slot, register_layer
 from .optimizer import CurvatureOptimizer
-from .optimizers import MBF, SGD, Adagrad, Adam, AdamW, MomentumAdam, RMSprop, Shampoo
+from .optimizers import KFAC, MBF, NGD, SGD, Adagrad, Adam, AdamW, MomentumAdam, RMSprop, Shampoo
 from .partition import Partition, PartitionError
+from .preconditioner import Preconditioner
 from .recipe import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
 from .routing import Route
+from .signals import Signal, Tap
+from .taps import TapError, TapWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KFAC",
     "MBF",
+    "NGD",
     "SGD",
     "Adagrad",
     "Adam",
@@ -29,6 +34,7 @@ __all__ = [
     "NonFiniteGradient",
     "Partition",
     "PartitionError",
+    "Preconditioner",
     "RMSprop",
     "Recipe",
     "Root",
@@ -36,7 +42,11 @@ __all__ = [
     "Rule",
     "Schedule",
     "Shampoo",
+    "Signal",
     "Slot",
+    "Tap",
+    "TapError",
+    "TapWarning",
     "register_layer",
     "sample_labels",
 ]

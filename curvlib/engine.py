@@ -33,12 +33,21 @@ Means = Mapping[str, Tensor]
 
 @dataclass
 class Piece:
-    """A direction on its way into a parameter, with its gradient; both have the dimensions of ``parameter``."""
+    """A direction on its way into a parameter, with its gradient; both have the dimensions of ``parameter``.
+
+    Attributes:
+        parameter: a view of the parameter with its named axes.
+        direction: what is subtracted, but for the step size.
+        gradient: of the mean loss.
+        group: number of the parameter's group.
+        source: the parameter itself.
+    """
 
     parameter: Tensor
     direction: Tensor
     gradient: Tensor
     group: int
+    source: Tensor
 
 
 @dataclass
@@ -210,7 +219,7 @@ class Cohort:
                 unit.operand.parameters, windows, gradients, unit.groups, strict=True
             ):
                 if parameter.grad is not None:
-                    yield Piece(parameter.detach().view(window.shape), window, gradient, group)
+                    yield Piece(parameter.detach().view(window.shape), window, gradient, group, parameter)
 
 
 def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -314,6 +323,15 @@ def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:
                 due.append(job.rows(mine[0], mine[-1] + 1))
             before += cost
     return due
+
+
+def write(finished: Iterable[Direction]) -> None:
+    """Put the directions where the gradients are."""
+    for one in finished:
+        for piece in one.pieces:
+            direction = piece.direction if one.shrink is None else piece.direction * one.shrink.to(piece.direction)
+            assert piece.source.grad is not None
+            piece.source.grad.copy_(direction.reshape(piece.source.shape))
 
 
 def _clip_scales(

@@ -64,6 +64,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         loss_scale: what else the loss was multiplied by before backward, a number or a function of nothing that tells it:
             ``scaler.get_scale`` where a GradScaler's ``unscale_`` is called before the step. Gradients do not have it any
             more, signals do. A GradScaler without ``unscale_`` tells it by itself.
+        seed: of the labels that :meth:`observe` draws; with the number of the step it decides them, also after a resume.
         on_nonfinite: ``"auto"``: a non-finite gradient raises :class:`NonFiniteGradient` before anything changes on a
             CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere.
     """
@@ -100,6 +101,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         self._told: frozenset[str] = frozenset()
         self.batch_size: int | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
+        self.seed = 0
         self.on_nonfinite: Literal["auto", "raise", "mask"] = "auto"
         self._forget()
         universal = dict(lr=lr, weight_decay=weight_decay, maximize=maximize, reduction=reduction)
@@ -319,7 +321,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             outputs: ``[examples, ...]``, with their graph: logits, or means of a Gaussian.
             likelihood: ``"categorical"`` (over the last dimension), ``"bernoulli"``, ``"gaussian"`` (unit variance).
             mask: ``[examples]`` or ``[examples, positions...]``, true where something counts.
-            generator: for reproducible labels; torch's global one otherwise.
+            generator: of the drawn labels; by default they follow from ``optimizer.seed`` and the number of the step.
             scale: an example's loss is this times its negative log-likelihood summed over positions: 2 / outputs for a
                 mean squared error, 1 / positions for a mean over a sequence.
 
@@ -340,7 +342,13 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
                 raise ValueError(f"likelihood must be one of {', '.join(map(repr, LIKELIHOODS))} for labels={labels!r}")
             check_choice("likelihood", likelihood, LIKELIHOODS)
             check_number("scale", scale, strict=True)
+            generator = generator or self._generator(outputs.device)
             self._taps.pull(outputs, seeds(outputs, likelihood, labels, mask, generator, scale), labels)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """The randomness of one observation: of nothing but the seed, the step, and which one of the step it is."""
+        number = (self.seed * 1_000_003 + self._steps) * 1_009 + self._taps.observed
+        return torch.Generator(device).manual_seed(number)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; what layers say from now on replaces what they said before."""

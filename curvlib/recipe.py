@@ -339,6 +339,8 @@ class Recipe:
         join_bias: treat a layer's bias as one more input column of its weight, where the layer is known.
         block: a structure that is more than a partition, a subclass of :class:`curvlib.blocks.Block`; ``None`` is the
             standard block.
+        fallback: for a recipe that listens: what a parameter gets whose layer can't be heard, instead of this recipe on
+            the moments of the batch gradient.
 
     Raises:
         ValueError, PartitionError: naming the parameter, the value and what is allowed.
@@ -353,6 +355,7 @@ class Recipe:
     sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
     join_bias: bool = False
     block: type | None = None
+    fallback: Recipe | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.partition, Partition):
@@ -382,9 +385,11 @@ class Recipe:
 
     @property
     def on_gradients(self) -> Recipe:
-        """This recipe for a parameter whose layer can't be heard: moments of the batch gradient, normalised by the trace."""
+        """What a parameter gets whose layer can't be heard: the fallback, or gradients' moments normalised by the trace."""
         if not self.moment.listens:
             return self
+        if self.fallback is not None:
+            return self.fallback.on_gradients
         composition = "trace" if self.moment.composition == "independent" else self.moment.composition
         moment = replace(self.moment, of="gradient", labels="data", composition=composition)
         return replace(self, moment=moment)

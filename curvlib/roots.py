@@ -3,6 +3,7 @@
 A solve never harms: a matrix whose root fails after every retry keeps its previous root, on the device, and is counted.
 
 * Cholesky for p = 1: (F + λI)^-1. Its residual is ‖(F + λI) X v - v‖ / ‖v‖ for a fixed probe v.
+* A basis: Q and Λ themselves, for structures that damp the eigenvalues of a product.
 * Eigendecomposition for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that
   rounding made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / (‖F‖ ‖v‖).
 
@@ -37,7 +38,7 @@ class How:
 
     Attributes:
         power: the exponent p of this factor.
-        solver: ``"cholesky"`` or ``"eigh"``.
+        solver: ``"cholesky"``, ``"eigh"`` or ``"basis"``.
         dtype: dtype of the solve.
         outside: the damping is added to the denominator, outside the power.
         largest: the damping is a multiple of the largest eigenvalue, at least ``floor``.
@@ -67,6 +68,7 @@ class RootJob:
         root: ``[N, f, f]``, the previous roots.
         residual: ``[N]``, of the last solve.
         kept: ``[N]``, int64, how often the previous root was kept.
+        values: ``[N, f]``, for ``"basis"``: the eigenvalues, whose eigenvectors are the columns of ``root``.
     """
 
     factor: Tensor
@@ -76,16 +78,17 @@ class RootJob:
     root: Tensor
     residual: Tensor
     kept: Tensor
+    values: Tensor | None = None
 
     def rows(self, first: int, last: int) -> RootJob:
         """The same job for some of its rows."""
 
-        def part(value: Tensor | float) -> Any:
+        def part(value: Tensor | float | None) -> Any:
             return value[first:last] if isinstance(value, Tensor) else value
 
         tensors = (self.factor, self.scale, self.damping), (self.root, self.residual, self.kept)
         (factor, scale, damping), (root, residual, kept) = (tuple(map(part, some)) for some in tensors)
-        return RootJob(factor, scale, damping, self.how, root, residual, kept)
+        return RootJob(factor, scale, damping, self.how, root, residual, kept, part(self.values))
 
 
 def refresh(jobs: Iterable[RootJob]) -> None:
@@ -127,10 +130,14 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
     first = 0
     for job in jobs:
         mine = slice(first, first := first + job.factor.shape[0])
-        job.root.copy_(torch.where(good[mine, None, None], root[mine].to(job.root.dtype), job.root))
+        solved, keep = root[mine].to(job.root.dtype), ~good[mine]
+        if job.values is not None:
+            job.values.copy_(torch.where(keep[:, None], job.values, solved[:, -1]))
+            solved = solved[:, :-1]
+        job.root.copy_(torch.where(keep[:, None, None], job.root, solved))
         flush_subnormals_(job.root)
         job.residual.copy_(residual[mine])
-        job.kept.add_(~good[mine])
+        job.kept.add_(keep)
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
@@ -146,7 +153,8 @@ def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         how: the solver and its options.
 
     Returns:
-        Roots ``[N, f, f]`` and residuals ``[N]``; a root that failed has an infinite residual.
+        Roots ``[N, f, f]`` (of a basis ``[N, f + 1, f]``, the eigenvalues as last row) and residuals ``[N]``; a root that
+        failed has an infinite residual.
     """
     attempt = _cholesky if how.solver == "cholesky" else _eigh
     matrix = (matrix + matrix.mT) / 2
@@ -188,6 +196,8 @@ def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         damped = torch.where(damping[:, None, None] > SILENT, damped, identity)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if matrix.device.type == "cpu":
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+        lower = torch.where(failed[:, None, None] == 0, lower, identity)  # a failed factor may be singular
         root = torch.cholesky_inverse(lower)
     else:
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -201,12 +211,15 @@ def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
 def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     values, vectors = _eigendecomposition(matrix)
     positive = values.clamp_min(0)
-    if how.largest:
-        damping = (damping * positive[:, -1]).clamp_min(how.floor or 0.0)
-    powered = diagonal_root(positive, damping[:, None], how.power, how.outside)
-    if how.floor is not None:
-        powered = torch.where(damping[:, None] > SILENT, powered, 1.0)
-    root = (vectors * powered[:, None, :]) @ vectors.mT
+    if how.solver == "basis":
+        root = torch.cat([vectors, positive[:, None, :]], 1)
+    else:
+        if how.largest:
+            damping = (damping * positive[:, -1]).clamp_min(how.floor or 0.0)
+        powered = diagonal_root(positive, damping[:, None], how.power, how.outside)
+        if how.floor is not None:
+            powered = torch.where(damping[:, None] > SILENT, powered, 1.0)
+        root = (vectors * powered[:, None, :]) @ vectors.mT
     probe = _probe(matrix)
     error = (matrix @ probe - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
     norm = values.abs().amax(-1) * probe.norm()

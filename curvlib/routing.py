@@ -72,6 +72,11 @@ def is_kernel(slot: Slot) -> bool:
     return slot.ndim >= 3
 
 
+def is_weight(slot: Slot) -> bool:
+    """Whether a parameter has two dimensions or more."""
+    return slot.ndim >= 2
+
+
 Table = tuple[Route, ...]
 
 

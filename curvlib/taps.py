@@ -188,7 +188,7 @@ class Taps:
         self._labels = "data"  # whose gradients are coming
         self._paused = False
         self._stale = False
-        self.observed = False
+        self.observed = 0  # how often since the last step
         self.count_always = False
         self.examples: float | Tensor = 0.0
 
@@ -389,7 +389,7 @@ class Taps:
                 ear.calls, ear.waiting = 0, {}
             if not any(ear.calls for ear in self.ears.values() if ear.recipe.moment.labels != "data"):
                 self._edges = []
-        self.observed = True
+        self.observed += 1
 
     def zeroed(self) -> None:
         """Gradients were dropped: what was heard goes when something new comes."""
@@ -401,7 +401,7 @@ class Taps:
             ear.sums, ear.waiting = None, {}
         self._batches = {}
         self.examples = 0.0
-        self.observed = self._stale = False
+        self.observed, self._stale = 0, False
 
     def settle(self) -> None:
         """A step is over: drop everything."""

@@ -80,9 +80,10 @@ def build_units(groups: Groups, slots: Mapping[Tensor, Slot], tables: Sequence[T
         slot, table = known[parameter], tables[place[parameter]]
         route = choose(table, slot)
         recipe = table[route].recipe
-        operand = _operand(parameter, slot, recipe, known)
         silent = _silence(slot, recipe)
-        sources = operand.named(slot.sources) if recipe.moment.listens and not silent else ()
+        recipe = recipe.on_gradients if silent else recipe
+        operand = _operand(parameter, slot, recipe, known)
+        sources = operand.named(slot.sources) if recipe.moment.listens else ()
         try:
             layout = recipe.cut.layout(operand.sizes, operand.joined, sources)
             if sources and recipe.moment.of == "signals":

@@ -6,6 +6,7 @@ from ..layout import Layout
 from ..recipe import Recipe
 from .base import Block, Spec, State, Sums
 from .diagonal import DiagonalBlock
+from .eigen import EigenBlock
 from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
 from .standard import StandardBlock
 
@@ -20,6 +21,7 @@ __all__ = [
     "PER_OUTPUT",
     "Block",
     "DiagonalBlock",
+    "EigenBlock",
     "Spec",
     "StandardBlock",
     "State",

@@ -166,7 +166,7 @@ class StandardBlock(Block):
         for index, (region, positions) in enumerate(zip(self.layout.regions, self.layout.index(), strict=True)):
             kron = torch.ones(n * region.blocks, 1, 1, dtype=some.dtype, device=some.device)
             powers = {
-                place.number: _spread(matrix, region, place)
+                place.number: spread(matrix, region, place)
                 for place, matrix in StandardBlock._solved(self, state, index, recipe, scale, -1.0)
             }
             for number, factor in enumerate(region.factors):
@@ -204,7 +204,7 @@ def _scattered(gathered: Tensor, region: Region, place: Place, like: Tensor) -> 
     return apart.permute(*back, *range(1 + len(order), apart.ndim)).reshape(like.shape)
 
 
-def _spread(matrix: Tensor, region: Region, place: Place) -> Tensor:
+def spread(matrix: Tensor, region: Region, place: Place) -> Tensor:
     """A factor for every block: ``[n * rows, …]`` -> ``[n * blocks, …]``."""
     if all(place.carried):
         return matrix
@@ -257,7 +257,7 @@ def _diagonal(factor: Tensor, scale: Tensor | float, damping: Tensor | float, ho
 
 
 def mode_product(block: Tensor, root: Tensor, number: int) -> Tensor:
-    """Multiply a symmetric matrix into one mode of a tensor, batched.
+    """Multiply a matrix into one mode of a tensor, batched: Σ_g root[f, g] block[… g …].
 
     Args:
         block: ``[B, ties, *factor sizes]``.
@@ -270,7 +270,7 @@ def mode_product(block: Tensor, root: Tensor, number: int) -> Tensor:
         shape[0], shape[mode] = root.shape
         return block * root.view(shape)
     if mode == block.ndim - 1:  # B (ties others) f
-        return torch.bmm(block.flatten(1, -2), root).view(block.shape)
+        return torch.bmm(block.flatten(1, -2), root.mT).view(block.shape)
     moved = block.movedim(mode, 1)  # B f ties others
     return torch.bmm(root, moved.flatten(2)).view(moved.shape).movedim(1, mode)
 

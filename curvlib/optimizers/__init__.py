@@ -2,9 +2,11 @@
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW, MomentumAdam
+from .kfac import KFAC
 from .mbf import MBF
+from .ngd import NGD
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
 
-__all__ = ["MBF", "SGD", "Adagrad", "Adam", "AdamW", "MomentumAdam", "RMSprop", "Shampoo"]
+__all__ = ["KFAC", "MBF", "NGD", "SGD", "Adagrad", "Adam", "AdamW", "MomentumAdam", "RMSprop", "Shampoo"]

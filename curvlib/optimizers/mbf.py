@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KERNELS
 from ..optimizer import CurvatureOptimizer
-from ..recipe import Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule, check_choice
+from ..recipe import Damping, Grafting, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule, check_choice
 from ..routing import Route, Table, is_kernel, is_matrix
 
 LINEAR_BLOCKS = {
@@ -74,12 +74,16 @@ class MBF(CurvatureOptimizer):
         statistics_every: T1, in steps.
         refresh_every: T2, in steps.
         dense_start: also refresh with every statistic of the first T2 steps.
+        of: ``"gradient"``: the moments of the batch gradient ḡ, as published; ``"samples"``: of the gradients g_n of single
+            examples, F_b <- β F_b + (1 - β) 1/N Σ_n g_nb g_nbᵀ, the Fisher itself, for which layers are listened to.
+        labels: of those examples: ``"data"``, ``"sampled"`` or ``"exact"``; the last two need ``observe`` in the loop.
+        subsample: use every s-th example only.
         stagger: spread the inverses of a period over its steps.
         diagonal_beta: β of the diagonal rule and of grafting.
         eps: added to their denominators.
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
-        model: see :class:`CurvatureOptimizer`.
+        model: see :class:`CurvatureOptimizer`; ``of="samples"`` listens to its layers.
     """
 
     def __init__(
@@ -100,6 +104,9 @@ class MBF(CurvatureOptimizer):
         refresh_every: int = 10,
         dense_start: bool = False,
         stagger: bool = False,
+        of: Literal["gradient", "samples"] = "gradient",
+        labels: Labels = "data",
+        subsample: int = 1,
         diagonal_beta: float = 0.999,
         eps: float = 1e-8,
         maximize: bool = False,
@@ -126,6 +133,9 @@ class MBF(CurvatureOptimizer):
             refresh_every=refresh_every,
             dense_start=dense_start,
             stagger=stagger,
+            of=of,
+            labels=labels,
+            subsample=subsample,
             diagonal_beta=diagonal_beta,
             eps=eps,
         )
@@ -144,13 +154,17 @@ def mbf(
     refresh_every: int,
     dense_start: bool,
     stagger: bool,
+    of: Literal["gradient", "samples"],
+    labels: Labels,
+    subsample: int,
     diagonal_beta: float,
     eps: float,
 ) -> Table:
     """Linear layers with their bias: blocks of neurons; convolutions: kernels; all else: a diagonal."""
     if "|" not in linear_blocks:
         check_choice("linear_blocks", linear_blocks, (*LINEAR_BLOCKS, "a partition text"))
-    moment = Moment(beta=beta, debias=debias)
+    check_choice("of", of, ("gradient", "samples"))
+    moment = Moment(of, beta=beta, debias=debias, labels=labels, subsample=subsample)
     root = Root(1, Damping(damping, "layer") if relative_damping else Damping(damping))
     kind: Literal["heavy-ball", "ema"] = "heavy-ball" if heavy_ball else "ema"
     rule = Rule(

@@ -1,0 +1,120 @@
+"""The eigen block: any partition, its blocks damped as a whole in the eigenbases of their factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..layout import FactorShape, Layout
+from ..moments import power
+from ..recipe import Recipe, number
+from ..roots import SILENT, How, RootJob, diagonal_root, solve
+from .base import Spec, State
+from .standard import Place, StandardBlock, spread
+
+
+class EigenBlock(StandardBlock):
+    """Factors as in the standard block, F_i = Q_i Λ_i Q_iᵀ, but the damping is added to their product::
+
+        (⊗ F_i + λI)^-p = (⊗ Q_i) (⊗ Λ_i + λ)^-p (⊗ Q_i)ᵀ
+
+    instead of being shared out among the factors. For one factor both are the same. The state holds ``basis_…`` with
+    eigenvectors as columns and ``values_…`` instead of roots; a relative damping is relative to the mean or the largest
+    eigenvalue of the product, as of the last refresh.
+    """
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        super().__init__(layout, recipe)
+        if recipe.damping.split is not None:
+            raise ValueError(f"EigenBlock damps the product of factors; set split=None, got {recipe.damping.split!r}")
+
+    def _root_spec(self, name: str, rows: int, factor: FactorShape) -> dict[str, Spec]:
+        values = {f"values_{name}": Spec((rows, factor.size), "roots", fill=1.0)}
+        if factor.diagonal:
+            return values
+        return {f"basis_{name}": Spec((rows, factor.size, factor.size), "roots", fill=1.0, identity=True), **values}
+
+    def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
+        """A job for the basis of every dense factor."""
+        for index in range(len(self.layout.regions)):
+            for place, factor, factor_scale, _, how in self._prepared(state, index, recipe, scale, 1.0):
+                if place.region != index:
+                    continue
+                values = state[f"values_{place.name}"].flatten(0, 1)
+                if factor.ndim == 2:
+                    values.copy_(factor * _column(factor_scale))
+                    continue
+                basis = state[f"basis_{place.name}"].flatten(0, 1)
+                residual, kept = (state[f"{what}_{place.name}"].flatten() for what in ("residual", "kept"))
+                yield RootJob(factor, factor_scale, 0.0, _basis(how, recipe), basis, residual, kept, values)
+
+    def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
+        """Rotate into the eigenbases, divide, rotate back; another exponent than the recipe's is solved for now."""
+        if exponent < 0:
+            return super().apply(state, operand, recipe, exponent, scale)
+        directions = []
+        for index, block in enumerate(self.layout.block(operand)):
+            bases = {
+                place.number: (place, *self._eigen(state, index, place, recipe, scale, exponent))
+                for place in self._places[index]
+            }
+            rotated = self._multiplied(index, block, ((p, q.mT) for p, q, _ in bases.values() if q is not None))
+            divided = rotated * self._divisor(index, bases, recipe, exponent)
+            directions.append(self._multiplied(index, divided, ((p, q) for p, q, _ in bases.values() if q is not None)))
+        return self.layout.unblock(directions, operand)
+
+    def _eigen(
+        self, state: State, index: int, place: Place, recipe: Recipe, scale: float, exponent: float
+    ) -> tuple[Tensor | None, Tensor]:
+        """Eigenvectors (none of a diagonal) and eigenvalues of one factor, ``[n * rows, f]``."""
+        if exponent == recipe.root.exponent:
+            basis = state.get(f"basis_{place.name}")
+            return None if basis is None else basis.flatten(0, 1), state[f"values_{place.name}"].flatten(0, 1)
+        for other, factor, factor_scale, _, how in self._prepared(state, index, recipe, scale, 1.0):
+            if other is place:
+                if factor.ndim == 2:
+                    return None, factor * _column(factor_scale)
+                matrix = factor * (factor_scale[:, None, None] if isinstance(factor_scale, Tensor) else factor_scale)
+                solved, _ = solve(matrix, matrix.new_zeros(matrix.shape[0]), _basis(how, recipe))
+                return solved[:, :-1], solved[:, -1]
+        raise AssertionError(place)
+
+    def _divisor(
+        self, index: int, bases: dict[int, tuple[Place, Tensor | None, Tensor]], recipe: Recipe, exponent: float
+    ) -> Tensor:
+        """(⊗ Λ + λ)^-p, ``[n * blocks, 1, *factor sizes]``."""
+        region, root = self.layout.regions[index], recipe.damping
+        share = power(1.0, recipe.moment.composition, len(bases))
+        product: Tensor | None = None
+        for number_, _ in enumerate(region.factors):
+            if number_ not in bases:  # a factor of size one that the composition normalises away
+                product = None if product is None else product[..., None]
+                continue
+            place, _, values = bases[number_]
+            one = spread(values, region, place) ** share
+            product = one if product is None else product[..., None] * one.view(-1, *[1] * (product.ndim - 1), one.shape[-1])
+        assert product is not None
+        missing = len(region.factors) + 1 - product.ndim
+        product = product.view(product.shape[0], *[1] * missing, *product.shape[1:])
+        flat = product.flatten(1)
+        damping: Tensor = flat.new_full((flat.shape[0],), number(root.value))
+        if root.relative_to is not None:
+            measure = flat.amax(1) if root.relative_to == "largest" else flat.mean(1)
+            if root.relative_to == "layer":
+                measure = measure.unflatten(0, (-1, region.blocks)).mean(1).repeat_interleave(region.blocks)
+            damping = (damping * measure).clamp_min(number(root.floor))
+        damping = damping.view(-1, *[1] * (product.ndim - 1)) * float(exponent > 0)
+        divided = diagonal_root(product, damping, exponent, root.outside and exponent > 0)
+        if root.relative_to is not None and exponent > 0:
+            divided = torch.where(damping > SILENT, divided, 1.0)
+        return divided[:, None]
+
+
+def _basis(how: How, recipe: Recipe) -> How:
+    return How(1.0, "basis", how.dtype, tolerance=recipe.root.tolerance)
+
+
+def _column(scale: Tensor | float) -> Tensor | float:
+    return scale[:, None] if isinstance(scale, Tensor) else scale
