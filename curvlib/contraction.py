@@ -31,6 +31,7 @@ from .signals import Index, Signal
 LIMIT = 1 << 24
 """Entries of the largest intermediate."""
 
+_PANEL = 128  # columns of a large Gram matrix that are computed at once on a CPU
 _EXAMPLE, _HERE, _THERE = "x", "y", "z"  # n, t, t'
 
 
@@ -121,7 +122,8 @@ def gradients(signals: Sequence[Signal], layout: Layout) -> Tensor:
 def _input(signal: Signal) -> list[tuple[Tensor, tuple[str, ...]]]:
     if signal.input is None:
         return []
-    given = signal.input
+    given = signal.written().input
+    assert given is not None
     return [(given.dense(signal.delta.dtype) if isinstance(given, Index) else given, signal.input_axes)]
 
 
@@ -169,9 +171,21 @@ def _add_gram(total: Tensor, rows: Tensor, gain: float) -> None:
     if total.ndim == 2:
         total.add_(rows.square().sum(1), alpha=gain)
     elif total.shape[0] == 1:
-        total[0].addmm_(rows[0].mT, rows[0], alpha=gain)
+        _add_one_gram(total[0], rows[0], gain)
     else:
         total.baddbmm_(rows.mT, rows, alpha=gain)
+
+
+def _add_one_gram(total: Tensor, rows: Tensor, gain: float) -> None:
+    """Add a Gram matrix panel by panel: what lies below the diagonal is copied, not computed."""
+    size = total.shape[0]
+    if size < 2 * _PANEL or total.device.type != "cpu":
+        total.addmm_(rows.mT, rows, alpha=gain)
+        return
+    for first in range(0, size, _PANEL):
+        last = min(size, first + _PANEL)
+        total[first:last, first:].addmm_(rows[:, first:last].mT, rows[:, first:], alpha=gain)
+        total[last:, first:last].copy_(total[first:last, last:].mT)
 
 
 def _axes(signal: Signal) -> tuple[tuple[str, ...], ...]:
@@ -211,9 +225,7 @@ def _plan(layout: Layout, index: int, number: int, n: int, positions: int, produ
     names = letters(region)
     mine = names.factors[number]
     twin = str.maketrans({} if region.factors[number].diagonal else {one: one.upper() for one in mine})
-    carried = [
-        "".join(names.terms[term] for term in carried_terms(layout, axes) or ()) for axes in sources
-    ]
+    carried = ["".join(names.terms[term] for term in carried_terms(layout, axes) or ()) for axes in sources]
     here, there = (_HERE, _THERE) if positions > 1 else ("", "")
     first = [_EXAMPLE + here + one for one in carried]
     second = [_EXAMPLE + there + one.translate(twin) for one in carried]
@@ -322,6 +334,9 @@ def add_independent(total: Tensor, place: Place, layout: Layout, signal: Signal,
         _add_counts(total, place, layout, signal)
         return
     for (part,) in slices([signal], _densest([signal])):
+        if place.source == 1 and part.constant is not None and not reduce and layout.terms[-1] == part.input_axes:
+            _add_joined_gram(total[0], part)
+            continue
         value, axes = (part.delta, part.delta_axes) if place.source == 0 else _input(part)[0]
         if reduce and part.positions > 1:
             value = value.sum(1, keepdim=True) if place.source == 0 else _mean(value, part.weight)
@@ -334,6 +349,18 @@ def add_independent(total: Tensor, place: Place, layout: Layout, signal: Signal,
         rows = block.permute(order).reshape(total.shape[0], -1, total.shape[-1])
         ties = math.prod(block.shape[here.index(name)] for name in tied)
         _add_gram(total, rows, (part.gain if place.source == 0 else 1.0) / ties)
+
+
+def _add_joined_gram(total: Tensor, signal: Signal) -> None:
+    """Add the Gram matrix of inputs and their constant entry, without writing that one out."""
+    assert isinstance(signal.input, Tensor)
+    assert signal.constant is not None
+    rows = signal.input.flatten(0, 1)
+    _add_one_gram(total[:-1, :-1], rows, 1.0)
+    border = rows.mT @ rows.new_full((rows.shape[0],), signal.constant)
+    total[-1, :-1].add_(border)
+    total[:-1, -1].add_(border)
+    total[-1, -1].add_(rows.shape[0] * signal.constant**2)
 
 
 def _mean(value: Tensor, weight: Tensor | None) -> Tensor:

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 from . import roots, rules
+from .blocks import Means
+from .checks import number, period
 from .moments import Weight
 from .precision import flush_subnormals_
-from .recipe import Clip, Recipe, number, period
+from .recipe import Clip, Recipe
 from .roots import RootJob
 from .rules import Tensors, gated
 from .storage import Bucket
 from .units import Unit
 
 Group = Mapping[str, Any]
-Means = Mapping[str, Tensor]
 
 
 @dataclass
@@ -257,6 +258,19 @@ class Direction:
     cohort: Cohort
     pieces: list[Piece]
     shrink: Tensor | None
+    whole: Tensors
+
+    def last(self) -> list[Tensor]:
+        """The last update of each piece's parameter, where a model of the loss keeps it as momentum."""
+        return [piece.direction for piece in self.cohort.pieces(self.cohort.state["momentum"])]
+
+    def combine(self, alpha: float, mu: float) -> None:
+        """Make αΔ + μδ₀ the update, where Δ is minus the direction, and keep it as δ₀."""
+        buffers = self.cohort.state["momentum"]
+        torch._foreach_mul_(buffers, -mu)
+        torch._foreach_add_(buffers, self.whole, alpha=alpha)
+        torch._foreach_copy_(self.whole, buffers)
+        torch._foreach_neg_(buffers)
 
 
 def directions(
@@ -279,9 +293,13 @@ def directions(
     for cohort in active:
         cohort.listen(groups, gate)
     roots.refresh(due_jobs(active))
-    finished = [(cohort, list(cohort.pieces(cohort.direct(gate)))) for cohort in active]
+    whole = [cohort.direct(gate) for cohort in active]
+    finished = [(cohort, list(cohort.pieces(direction))) for cohort, direction in zip(active, whole, strict=True)]
     shrink = _clip_scales(finished, groups)
-    return [Direction(cohort, pieces, shrink.get(cohort.recipe.rule.clip)) for cohort, pieces in finished]
+    return [
+        Direction(cohort, pieces, shrink.get(cohort.recipe.rule.clip), direction)
+        for (cohort, pieces), direction in zip(finished, whole, strict=True)
+    ]
 
 
 def settle(finished: Iterable[Direction]) -> None:

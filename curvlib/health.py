@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .recipe import check_choice
+from .checks import check_choice
 from .storage import Bucket
 
 

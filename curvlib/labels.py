@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .recipe import check_choice
+from .checks import check_choice
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
@@ -86,6 +86,21 @@ def seeds(
         spread = (probability * (1 - probability)).sqrt()
     for entry in _entries(logits.flatten(1)):
         yield weight * spread * entry.view(logits[0].shape)
+
+
+@torch.no_grad()
+def hessian_product(
+    logits: Tensor, vector: Tensor, likelihood: Likelihood, mask: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """H v, with H the Hessian of the negative log-likelihood of every example; arguments as for :func:`seeds`."""
+    weight = scale * _mask(logits, mask, likelihood)
+    if likelihood == "gaussian":
+        return weight * vector
+    if likelihood == "bernoulli":
+        probability = logits.sigmoid()
+        return weight * probability * (1 - probability) * vector
+    probability = logits.softmax(-1)
+    return weight * probability * (vector - (probability * vector).sum(-1, keepdim=True))
 
 
 def _entries(flat: Tensor) -> Iterator[Tensor]:

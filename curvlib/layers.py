@@ -210,7 +210,8 @@ def survey(model: nn.Module) -> tuple[dict[Tensor, Slot], dict[Tensor, list[Read
                 continue
             names = dict(zip(sizes, first.sizes, strict=True))
             mine = tuple(tuple(names[axis] for axis in axes) for axes in sources)
-            assert kind is not None and kind.tap is not None
+            assert kind is not None
+            assert kind.tap is not None
             if mine != first.sources:
                 slots[parameter] = replace(first, crossed=f"{name} and {first.name} are tied along different axes")
             readings.setdefault(parameter, []).append(Reading(module, module_name, kind.tap, mine))

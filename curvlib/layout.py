@@ -96,7 +96,9 @@ class Region:
     @property
     def runs(self) -> tuple[tuple[int, int, int, bool], ...]:
         """For each term (start, pieces, entries of a piece, whether it is cut into a dimension of pieces)."""
-        return tuple((run.start, run.count, run.size, split) for run, split in zip(self._runs, self._split, strict=True))
+        return tuple(
+            (run.start, run.count, run.size, split) for run, split in zip(self._runs, self._split, strict=True)
+        )
 
     @cached_property
     def homes(self) -> tuple[int, ...]:
@@ -187,6 +189,8 @@ class Layout:
     def unblock(self, blocks: Sequence[Tensor], like: Tensor) -> Tensor:
         """Put blocks back together: the inverse of :meth:`block`, ``[n, *shape]`` with the dtype of ``like``."""
         n, order = like.shape[0], self._permutation
+        if len(self.regions) == 1:
+            return self._whole(blocks[0].to(like.dtype), n)
         merged = like.new_empty((n, *self._merged))
         for region, block in zip(self.regions, blocks, strict=True):
             window = region.narrow(merged)
@@ -194,6 +198,17 @@ class Layout:
         permuted = merged.view(n, *(self.shape[dim] for dim in order))
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return permuted.permute(0, *(1 + dim for dim in inverse))
+
+    def _whole(self, block: Tensor, n: int) -> Tensor:
+        """The only region as a view of the operand."""
+        region = self.regions[0]
+        axes = [*region.own, *region.tied, *(axis for factor in region.factors for axis in factor.axes)]
+        apart = block.reshape(n, *(axis.size for axis in axes))
+        cut = sorted(range(len(axes)), key=region.order.__getitem__)
+        merged = apart.permute(0, *(1 + dim for dim in cut)).reshape(n, *self._merged)
+        dims = merged.reshape(n, *(self.shape[dim] for dim in self._permutation))
+        inverse = sorted(range(len(self._permutation)), key=self._permutation.__getitem__)
+        return dims.permute(0, *(1 + dim for dim in inverse))
 
     def index(self) -> list[Tensor]:
         """For each region the positions of its entries in the flat operand, ``[blocks, ties, *factor sizes]``."""

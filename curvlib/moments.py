@@ -16,10 +16,10 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from .checks import number as as_float
 from .layout import Region
 from .precision import flush_subnormals_
 from .recipe import Damping
-from .recipe import number as as_float
 
 Weight = float | Tensor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from . import engine
-from .blocks import Sums
+from .blocks import Means
+from .checks import check_choice, check_number, resolve
 from .health import check_finite
 from .inspection import Inspection
-from .labels import LIKELIHOODS, Likelihood, seeds
 from .layers import Reading, Slot, survey
+from .listening import Listening, evidence
 from .precision import full_precision
-from .recipe import Recipe, check_choice, check_number, resolve
+from .quadratic import Linearised
+from .recipe import Recipe
 from .routing import Route, Table, as_table
 from .storage import COUNTERS, Storage, check_record, structural
-from .taps import TapError, Taps, TapWarning
+from .taps import Taps
 from .units import Unit, build_units
 
 Tables = Callable[..., Table]
@@ -38,7 +39,7 @@ class _Tables:
     step: int | None
 
 
-class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
+class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     """A routing table of recipes as a torch optimizer.
 
     Args:
@@ -99,6 +100,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         self._masked: dict[str, Tensor] = {}
         self._taps = Taps()
         self._told: frozenset[str] = frozenset()
+        self._seen: list[Linearised] = []
         self.batch_size: int | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
         self.seed = 0
@@ -194,19 +196,6 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             self._listen(tables)
         return self._units
 
-    def _listen(self, tables: Sequence[Table]) -> None:
-        recipes = {unit: tables[unit.groups[0]][unit.route].recipe for unit in self._units or ()}
-        listening = {unit: recipe for unit, recipe in recipes.items() if recipe.moment.listens and recipe.root.exponent}
-        ears = [(unit, recipe) for unit, recipe in listening.items() if unit.lead in self._readings and not unit.silent]
-        self._taps.listen(ears, self._readings)
-        self._taps.count_always = any(group["reduction"] == "sum" for group in self.param_groups)
-        silent = {unit.name: unit.silent for unit in listening if unit.silent}
-        if not set(silent) <= self._told:
-            self._told |= set(silent)
-            listed = "; ".join(f"{name}: {reason}" for name, reason in silent.items())
-            hint = "" if self._slots else ". Give the model, as in KFAC(model), or call attach(model)"
-            warnings.warn(f"moments of the batch gradient are used where layers can't be heard: {listed}{hint}", TapWarning, 3)
-
     # -- the step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -241,8 +230,10 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         recipes = self._bind(active)
         with full_precision():
             finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard)
+            found = self._minimise(finished)
             self._move(finished, settings, gate)
             engine.settle(finished)
+        self._adapt(found, loss, closure)
         self._taps.settle()
         self._steps += 1
         for group in self.param_groups:
@@ -272,84 +263,6 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         chosen = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
         return {**chosen, "reduction_factor": reduction, "signal_factor": self._signal_factor(reduction, scale)}
 
-    def _signal_factor(self, reduction: float | Tensor, scale: float | Tensor | None) -> float | Tensor:
-        """What the output gradients are divided by, so that they are of the mean loss."""
-        given = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        if scale is None and hasattr(self, "found_inf") and given == 1.0 and self._taps.ears:
-            raise TapError(
-                "a GradScaler unscaled the gradients before the step, but not what the layers said: set "
-                "optimizer.loss_scale = scaler.get_scale once"
-            )
-        return reduction if scale is not None else reduction * given
-
-    def _means(self, heard: Mapping[Unit, Sums], settings: Sequence[Mapping[str, Any]]) -> dict[Unit, engine.Means]:
-        """What was heard, as means over examples of the second moments of their gradients."""
-        recipes, means = self._recipes(), {}
-        for unit, sums in heard.items():
-            factor = settings[unit.groups[0]]["signal_factor"]
-            own = recipes[unit].moment.labels == "data"
-            means[unit] = sums.means(sums.examples / factor**2 if own else 1 / sums.examples)
-        return means
-
-    def _expect(self) -> None:
-        """Tell the taps whose statistics are due at the next step."""
-        if not self._taps.ears:
-            return
-        due = {}
-        for unit, recipe in self._recipes().items():
-            if unit.lead in self._taps.ears:
-                due[unit.lead] = recipe.schedule.takes_statistics(int(self.state.get(unit.lead, {}).get("step", 0)))
-        self._taps.expect(due)
-
-    # -- listening ------------------------------------------------------------------------------------------------
-
-    def observe(
-        self,
-        outputs: Tensor,
-        likelihood: Likelihood | None = None,
-        *,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        scale: float = 1.0,
-    ) -> None:
-        """Look at the model's outputs, between the forward pass and ``backward``; does nothing where nothing is due.
-
-        With ``labels="sampled"`` or ``"exact"`` this pulls labels from the model back through the network. With any
-        labels it tells the number of examples and which positions are padding.
-
-        Args:
-            outputs: ``[examples, ...]``, with their graph: logits, or means of a Gaussian.
-            likelihood: ``"categorical"`` (over the last dimension), ``"bernoulli"``, ``"gaussian"`` (unit variance).
-            mask: ``[examples]`` or ``[examples, positions...]``, true where something counts.
-            generator: of the drawn labels; by default they follow from ``optimizer.seed`` and the number of the step.
-            scale: an example's loss is this times its negative log-likelihood summed over positions: 2 / outputs for a
-                mean squared error, 1 / positions for a mean over a sequence.
-
-        Raises:
-            ValueError: for an unknown or missing likelihood, or a mask that does not fit.
-            TapError: where the layers are not in the graph of the outputs.
-        """
-        self._all_units()
-        if mask is not None and (mask.dtype != torch.bool or mask.ndim < 1 or mask.shape[0] != outputs.shape[0]):
-            raise ValueError(
-                f"mask must be bool with {outputs.shape[0]} examples first, got {mask.dtype} of shape {list(mask.shape)}"
-            )
-        self._taps.declare(outputs, mask)
-        for labels in ("sampled", "exact"):
-            if not self._taps.asks(labels):
-                continue
-            if likelihood is None:
-                raise ValueError(f"likelihood must be one of {', '.join(map(repr, LIKELIHOODS))} for labels={labels!r}")
-            check_choice("likelihood", likelihood, LIKELIHOODS)
-            check_number("scale", scale, strict=True)
-            generator = generator or self._generator(outputs.device)
-            self._taps.pull(outputs, seeds(outputs, likelihood, labels, mask, generator, scale), labels)
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """The randomness of one observation: of nothing but the seed, the step, and which one of the step it is."""
-        number = (self.seed * 1_000_003 + self._steps) * 1_009 + self._taps.observed
-        return torch.Generator(device).manual_seed(number)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; what layers say from now on replaces what they said before."""
         super().zero_grad(set_to_none)
@@ -374,7 +287,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
             self._storage.bind([(unit, recipes[unit]) for unit in members], self.state)
         return recipes
 
-    def _check_gradients(self, active: list[Unit], heard: Mapping[Unit, engine.Means]) -> Tensor | None:
+    def _check_gradients(self, active: list[Unit], heard: Mapping[Unit, Means]) -> Tensor | None:
         """Report non-finite gradients and signals by name, or return the gate that masks this step."""
         named = [
             (slot.name, parameter.grad)
@@ -385,7 +298,11 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
         for name, gradient in named:
             if gradient.layout != torch.strided:
                 raise RuntimeError(f"{name} has a sparse gradient; use sparse=False in its layer")
-        said = [(f"the signals of {unit.name}", value) for unit, means in heard.items() for value in means.values()]
+        said = [
+            (f"the signals of {unit.name}", evidence(value))
+            for unit, means in heard.items()
+            for value, _ in means.values()
+        ]
         return check_finite(named + said, self.on_nonfinite, self._masked)
 
     @torch.no_grad()
@@ -491,7 +408,7 @@ class CurvatureOptimizer(Inspection, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._readings, self._taps, self._told = {}, Taps(), frozenset()
+        self._readings, self._taps, self._told, self._seen = {}, Taps(), frozenset(), []
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:

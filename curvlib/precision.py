@@ -33,3 +33,10 @@ def flush_subnormals_(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu" and tensor.is_floating_point():
         torch.hardshrink(tensor, torch.finfo(tensor.dtype).tiny, out=tensor)
     return tensor
+
+
+def copy_flushed_(target: Tensor, source: Tensor) -> Tensor:
+    """Copy, with subnormal numbers set to zero on a CPU."""
+    if target.device.type == "cpu" and target.dtype == source.dtype and target.is_floating_point():
+        return torch.hardshrink(source, torch.finfo(target.dtype).tiny, out=target)
+    return flush_subnormals_(target.copy_(source))

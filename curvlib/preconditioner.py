@@ -14,7 +14,9 @@ from .routing import Route
 
 
 class Preconditioner(CurvatureOptimizer):
-    """Replaces every gradient by the direction of a recipe; another optimizer takes the step::
+    """Replaces every gradient by the direction of a recipe; another optimizer takes the step.
+
+    In a loop::
 
         loss.backward()
         preconditioner.step()      # .grad is now curvature^-1 times the gradient

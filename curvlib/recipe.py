@@ -6,52 +6,17 @@ Everything here is a frozen dataclass that checks itself. A number may also be a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 
+from .checks import Number, check_choice, check_number, check_period, number, period, resolve
 from .partition import Partition
 
-Number = float | Callable[[int], float]
 Labels = Literal["data", "sampled", "exact"]
-T = TypeVar("T")
-
-
-def check_number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, strict: bool = False) -> None:
-    """Refuse what is no number of ``[low, high)``, or of ``(low, high)`` if ``strict``; callables pass.
-
-    Raises:
-        ValueError: naming the parameter, the value and what is allowed.
-    """
-    if callable(value):
-        return
-    allowed = f"a number {'above' if strict else 'from'} {low:g}" + (f" and below {high:g}" if high < math.inf else "")
-    number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
-    if not number or not (low < value if strict else low <= value) or not value < high:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Refuse what is not among the allowed values.
-
-    Raises:
-        ValueError: naming the parameter, the value and what is allowed.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def check_period(name: str, value: Any) -> None:
-    """Refuse what is no whole number of steps from 1.
-
-    Raises:
-        ValueError: naming the parameter, the value and what is allowed.
-    """
-    if not callable(value) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name} must be a whole number of steps from 1, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -302,6 +267,31 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Quadratic:
+    """Step size and momentum that minimise a quadratic model of the loss, see :mod:`curvlib.quadratic`.
+
+    Needs ``optimizer.observe(outputs, likelihood)`` at every step, and for ``adapt_every`` also ``step(closure)``.
+
+    Args:
+        damping: λ of the model.
+        momentum: combine with the last update.
+        adapt_every: T, in steps, of the Levenberg-Marquardt rule that changes the group's ``damping``; ``None`` for never.
+        rate: ω^(1/T).
+    """
+
+    damping: Number = 1e-2
+    momentum: bool = True
+    adapt_every: int | None = None
+    rate: float = 19 / 20
+
+    def __post_init__(self) -> None:
+        check_number("damping", self.damping)
+        check_number("rate", self.rate, high=1.0, strict=True)
+        if self.adapt_every is not None:
+            check_period("adapt_every", self.adapt_every)
+
+
+@dataclass(frozen=True)
 class Rule:
     """What becomes of the preconditioned direction.
 
@@ -309,6 +299,7 @@ class Rule:
         momentum: before or after preconditioning, or none.
         grafting: or none.
         clip: or none.
+        model: of the loss, which decides step size and momentum instead; or none.
         decay: what a group's ``weight_decay`` means: ``"decoupled"``: w <- (1 - lr·decay) w; ``"l2"``: added to the gradient.
         lr_decay: the step is lr / (1 + t · lr_decay), as in torch.optim.Adagrad.
     """
@@ -316,12 +307,15 @@ class Rule:
     momentum: Momentum | None = None
     grafting: Grafting | None = None
     clip: Clip | None = None
+    model: Quadratic | None = None
     decay: Literal["decoupled", "l2"] = "decoupled"
     lr_decay: Number = 0.0
 
     def __post_init__(self) -> None:
         check_choice("decay", self.decay, ("decoupled", "l2"))
         check_number("lr_decay", self.lr_decay)
+        if self.model is not None and (self.momentum is not None or self.clip is not None):
+            raise ValueError("a model decides step size and momentum; set momentum=None and clip=None")
 
 
 @dataclass(frozen=True)
@@ -397,31 +391,3 @@ class Recipe:
     def at(self, step: int) -> Recipe:
         """This recipe with every callable replaced by its number at a step."""
         return resolve(self, step)
-
-
-def number(value: Number | Fraction) -> float:
-    """A setting that has been resolved, as a float."""
-    return float(value)  # type: ignore[arg-type]
-
-
-def period(value: int | Callable[[int], int]) -> int:
-    """A period that has been resolved."""
-    assert isinstance(value, int)
-    return value
-
-
-def resolve(thing: T, step: int) -> T:
-    """A dataclass with every callable number replaced by its value at a step, and checked again.
-
-    Predicates of routes and block classes are no numbers and stay.
-    """
-    changes: dict[str, Any] = {}
-    for entry in fields(thing):  # type: ignore[arg-type]
-        value = getattr(thing, entry.name)
-        if is_dataclass(value) and not isinstance(value, (type, Partition)):
-            resolved = resolve(value, step)
-            if resolved is not value:
-                changes[entry.name] = resolved
-        elif callable(value) and not isinstance(value, type) and entry.name != "where":
-            changes[entry.name] = value(step)
-    return replace(thing, **changes) if changes else thing  # type: ignore[type-var]

@@ -7,9 +7,10 @@ A solve never harms: a matrix whose root fails after every retry keeps its previ
 * Eigendecomposition for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that
   rounding made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / (‖F‖ ‖v‖).
 
-The retry ladder: every factor is symmetrised; what fails is solved once more in float64, then in float64 with 1e-6 of its
-mean eigenvalue added. On an accelerator Cholesky does not retry, because that would wait for the device; its failures
-keep the previous root at once. Batched LU is never used: it is unreliable on CPU (pytorch#141358, #142815).
+The retry ladder: what is decomposed is symmetrised (Cholesky reads one triangle only); what fails is solved once more in
+float64, then in float64 with 1e-6 of its mean eigenvalue added. On an accelerator Cholesky does not retry, because that
+would wait for the device; its failures keep the previous root at once. Batched LU is never used: it is unreliable on CPU
+(pytorch#141358, #142815).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import flush_subnormals_
+from .precision import copy_flushed_
 
 SILENT = 1e-30
 """A factor whose relative damping is no larger has no signal yet; its inverse would leave the range of float32."""
@@ -131,11 +132,13 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
     for job in jobs:
         mine = slice(first, first := first + job.factor.shape[0])
         solved, keep = root[mine].to(job.root.dtype), ~good[mine]
+        if job.root.device.type != "cpu" or keep.any():
+            old = job.root if job.values is None else torch.cat([job.root, job.values[:, None]], 1)
+            solved = torch.where(keep[:, None, None], old, solved)
         if job.values is not None:
-            job.values.copy_(torch.where(keep[:, None], job.values, solved[:, -1]))
+            job.values.copy_(solved[:, -1])
             solved = solved[:, :-1]
-        job.root.copy_(torch.where(keep[:, None, None], job.root, solved))
-        flush_subnormals_(job.root)
+        copy_flushed_(job.root, solved)
         job.residual.copy_(residual[mine])
         job.kept.add_(keep)
 
@@ -148,7 +151,7 @@ def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     """Roots and residuals of a batch, with the retry ladder.
 
     Args:
-        matrix: ``[N, f, f]``; only its symmetric part counts.
+        matrix: ``[N, f, f]``, symmetric up to rounding.
         damping: ``[N]``.
         how: the solver and its options.
 
@@ -157,7 +160,6 @@ def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         failed has an infinite residual.
     """
     attempt = _cholesky if how.solver == "cholesky" else _eigh
-    matrix = (matrix + matrix.mT) / 2
     root, residual = attempt(matrix, damping, how)
     if how.solver == "cholesky" and matrix.device.type != "cpu":
         return root, residual
@@ -165,11 +167,15 @@ def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         bad = (residual > how.tolerance).nonzero().flatten()
         if not bad.numel():
             break
-        again = matrix[bad].double()
+        again = _symmetric(matrix[bad].double())
         again.diagonal(dim1=-2, dim2=-1).add_(jitter * _mean_eigenvalue(again)[:, None])
         retried, error = attempt(again, damping[bad].double(), how)
         root[bad], residual[bad] = retried.to(root.dtype), error.to(residual.dtype)
     return root, residual
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
 
 
 def _mean_eigenvalue(matrix: Tensor) -> Tensor:
@@ -182,33 +188,34 @@ def _probe(matrix: Tensor) -> Tensor:
     return torch.where((number * 2654435761) % 4294967296 < 2147483648, 1.0, -1.0).to(matrix.dtype)[:, None]
 
 
-def _judged(root: Tensor, residual: Tensor) -> Solution:
-    """Make every failure an infinite residual."""
-    finite = root.isfinite().flatten(1).all(1) & residual.isfinite()
+def _judged(root: Tensor, image: Tensor, residual: Tensor) -> Solution:
+    """Make every failure an infinite residual; an entry that is not finite shows in the root's image of the probe."""
+    finite = image.isfinite().flatten(1).all(1) & residual.isfinite()
     return root, torch.where(finite, residual, torch.inf)
 
 
 def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     if how.floor is not None:
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         damped = torch.where(damping[:, None, None] > SILENT, damped, identity)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if matrix.device.type == "cpu":
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-        lower = torch.where(failed[:, None, None] == 0, lower, identity)  # a failed factor may be singular
+        if failed.any():  # what failed may be singular
+            lower = torch.where(failed[:, None, None] == 0, lower, identity)
         root = torch.cholesky_inverse(lower)
     else:
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         root = inverse.mT @ inverse
     probe = _probe(matrix)
-    residual = (damped @ (root @ probe) - probe).norm(dim=(-2, -1)) / probe.norm()
-    return _judged(root, torch.where(failed == 0, residual, torch.inf))
+    image = root @ probe
+    residual = (damped @ image - probe).norm(dim=(-2, -1)) / probe.norm()
+    return _judged(root, image, torch.where(failed == 0, residual, torch.inf))
 
 
 def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
+    matrix = _symmetric(matrix)
     values, vectors = _eigendecomposition(matrix)
     positive = values.clamp_min(0)
     if how.solver == "basis":
@@ -223,7 +230,7 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     probe = _probe(matrix)
     error = (matrix @ probe - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
     norm = values.abs().amax(-1) * probe.norm()
-    return _judged(root, torch.where(norm > 0, error / norm, error))
+    return _judged(root, root @ probe, torch.where(norm > 0, error / norm, error))
 
 
 def _eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:

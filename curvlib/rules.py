@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import number
 from .moments import Weight
 from .precision import flush_subnormals_
-from .recipe import Clip, Grafting, Momentum, number
+from .recipe import Clip, Grafting, Momentum
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -108,6 +109,15 @@ def operand_norms(tensors: Tensors, packed: bool) -> list[Tensor]:
     return [torch.linalg.vector_norm(one, dtype=torch.float64) for one in tensors]
 
 
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product, without a copy where both lie alike."""
+    if one.is_contiguous() and other.is_contiguous():
+        return torch.dot(one.flatten(), other.flatten())
+    if one.ndim == 2:
+        return torch.linalg.vecdot(one, other).sum()
+    return (one * other).sum()
+
+
 def clip_scale(clip: Clip, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], Weight]]) -> Tensor:
     """The one factor, at most 1, by which all directions of a clip are shrunk; 0-d, on the first tensor's device.
 
@@ -120,7 +130,7 @@ def clip_scale(clip: Clip, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tens
     for directions, gradients, lr in pairs:
         for direction, gradient in zip(directions, gradients, strict=True):
             other = direction if clip.kind == "norm" else gradient.to(direction.dtype)
-            size = (direction * other).sum().to(total)
+            size = _inner(direction, other).to(total)
             total = total + (size if clip.kind == "norm" else size * lr**2)
     limit = number(clip.limit)
     ratio = limit / total.sqrt() if clip.kind == "norm" else (limit / total.clamp_min(0)).sqrt()

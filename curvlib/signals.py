@@ -74,6 +74,7 @@ class Signal:
         input_axes: their names.
         weight: ``[n, t]``, 1 where a position counts and 0 where it is padding; ``None`` where all count.
         gain: how many examples (or positions) each one stands for, after thinning.
+        constant: one more entry of the input's last axis that is not written out, the input of a joined bias.
     """
 
     delta: Tensor
@@ -82,14 +83,24 @@ class Signal:
     input_axes: tuple[str, ...] = ()
     weight: Tensor | None = None
     gain: float = 1.0
+    constant: float | None = None
 
     @property
     def positions(self) -> int:
         """Shared positions of each example."""
         return self.delta.shape[1]
 
+    def written(self) -> Signal:
+        """With the constant entry written out."""
+        if self.constant is None or not isinstance(self.input, Tensor):
+            return self
+        column = self.input.new_full((*self.input.shape[:-1], 1), self.constant)
+        return replace(self, input=torch.cat([self.input, column], -1), constant=None)
+
     def cast(self, dtype: torch.dtype) -> Signal:
         """In the dtype of the statistics, with padding set to zero."""
+        if self.weight is not None and self.constant is not None:
+            return self.written().cast(dtype)
         delta, given = self.delta.to(dtype), self.input
         if isinstance(given, Tensor):
             given = given.to(dtype)
@@ -127,6 +138,10 @@ class Signal:
         return replace(self, delta=change(self.delta), input=given, weight=weight)
 
 
+def _weight(signal: Signal) -> Tensor:
+    return signal.delta.new_ones(signal.delta.shape[:2]) if signal.weight is None else signal.weight
+
+
 def _over(weight: Tensor, value: Tensor) -> Tensor:
     return weight.view(*weight.shape, *[1] * (value.ndim - 2))
 
@@ -137,21 +152,23 @@ def joined(signals: Sequence[Signal]) -> Signal:
     Raises:
         ValueError: where the batches differ.
     """
-    first = signals[0]
     if len(signals) == 1:
-        return first
+        return signals[0]
+    signals = [one.written() for one in signals]
+    first = signals[0]
     sizes = sorted({one.delta.shape[0] for one in signals})
     if len(sizes) > 1:
         raise ValueError(f"was called with batches of {' and '.join(map(str, sizes))} in one backward pass")
     given: Input | None = None
+    chosen = [one.input.where for one in signals if isinstance(one.input, Index)]
+    dense = [one.input for one in signals if isinstance(one.input, Tensor)]
     if isinstance(first.input, Index):
-        given = replace(first.input, where=torch.cat([one.input.where for one in signals], 1))  # type: ignore[union-attr]
+        given = replace(first.input, where=torch.cat(chosen, 1))
     elif first.input is not None:
-        given = torch.cat([one.input for one in signals], 1)  # type: ignore[misc]
+        given = torch.cat(dense, 1)
     weight = None
     if any(one.weight is not None for one in signals):
-        full = [one.delta.new_ones(one.delta.shape[:2]) if one.weight is None else one.weight for one in signals]
-        weight = torch.cat(full, 1)
+        weight = torch.cat([_weight(one) for one in signals], 1)
     return replace(first, delta=torch.cat([one.delta for one in signals], 1), input=given, weight=weight)
 
 
@@ -174,9 +191,14 @@ def channels_first(value: Tensor, spatial: int | None = None) -> Tensor:
 
 
 def patches(
-    value: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int], mode: str
+    value: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    mode: str,
 ) -> Tensor:
-    """What every output position of a convolution sees: ``[n, channels, *positions, *kernel]``, a view of the padded input."""
+    """What each output position of a convolution sees: ``[n, channels, *positions, *kernel]``, a view."""
     value = F.pad(value, list(padding), mode="constant" if mode == "zeros" else mode) if any(padding) else value
     value = value.contiguous()
     n, channels, *sizes = value.shape
@@ -210,7 +232,8 @@ def _upsampled(module: Any, value: Tensor) -> Tensor:
     spatial = len(module.kernel_size)
     spread = [(size - 1) * step + 1 for size, step in zip(value.shape[2:], module.stride, strict=True)]
     wide = value.new_zeros((*value.shape[:2], *spread))
-    wide[(..., *(slice(None, None, step) for step in module.stride))] = value
+    steps: list[Any] = [slice(None, None, step) for step in module.stride]
+    wide[(..., *steps)] = value
     padding: list[int] = []
     for dim in reversed(range(spatial)):
         edge = module.dilation[dim] * (module.kernel_size[dim] - 1) - module.padding[dim]
@@ -298,4 +321,3 @@ NORM_TAPS: Mapping[type, Tap] = {
     nn.modules.batchnorm._BatchNorm: replace(_CHANNEL, read_input=_batch_norm_input, available=_batch_statistics),
 }
 """Norms whose examples do not mix; batch normalisation is one of them only in evaluation mode."""
-

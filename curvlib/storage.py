@@ -41,7 +41,7 @@ def state_specs(unit: Unit, recipe: Recipe) -> tuple[Block | None, dict[str, Spe
     """The block of a unit, the state of its curvature, and the state (name -> role) in its parameters' shapes."""
     block = block_for(unit.layout, recipe, bool(unit.operand.joined))
     like: dict[str, str] = {}
-    if recipe.rule.momentum is not None:
+    if recipe.rule.momentum is not None or recipe.rule.model is not None:
         like["momentum"] = "momentum"
     if recipe.rule.grafting is not None and recipe.rule.grafting.kind != "sgd":
         like["grafting"] = "grafting"
@@ -191,5 +191,6 @@ def structural(recipe: Recipe) -> Recipe:
     root = replace(recipe.root, damping=replace(recipe.damping, value=0.0, floor=0.0))
     momentum = recipe.rule.momentum and replace(recipe.rule.momentum, beta=0.0, dampening=0.0)
     grafting = recipe.rule.grafting and replace(recipe.rule.grafting, beta=0.0, eps=0.0)
-    rule = replace(recipe.rule, momentum=momentum, grafting=grafting, clip=None, lr_decay=0.0)
+    model = recipe.rule.model and replace(recipe.rule.model, damping=0.0)
+    rule = replace(recipe.rule, momentum=momentum, grafting=grafting, clip=None, model=model, lr_decay=0.0)
     return replace(recipe, moment=moment, root=root, rule=rule, schedule=Schedule())

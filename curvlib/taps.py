@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,16 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import functional as F
 
 from .blocks import Block, Sums, block_for
+from .hooks import FORWARD, Hook, graph_task, save
 from .layers import Reading
 from .precision import full_precision
 from .recipe import Recipe
 from .signals import Index, Signal, joined
 from .units import Unit
-
-_FORWARD = -1  # the graph task of what runs outside any backward pass
 
 
 class TapError(RuntimeError):
@@ -37,52 +35,6 @@ class TapError(RuntimeError):
 
 class TapWarning(UserWarning):
     """Parameters whose layers can't be heard have moments of the batch gradient instead."""
-
-
-class _Saved(torch.autograd.Function):
-    """Keeps a tensor as autograd keeps it: under checkpointing it is computed again when it is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(value)
-        return anchor.new_empty(0)
-
-
-def _save(value: Tensor) -> Any:
-    anchor = torch.zeros((), requires_grad=True)
-    return _Saved.apply(anchor, value).grad_fn  # type: ignore[no-untyped-call]
-
-
-def _pass() -> int:
-    return torch._C._current_graph_task_id()
-
-
-def _silent(*_: Any) -> None:
-    """What a copied or unpickled hook does."""
-
-
-def _muted() -> Callable[..., None]:
-    return _silent
-
-
-class _Hook:
-    """The forward hook of one layer; a copy of the model has a silent one, so that nothing is copied or heard with it."""
-
-    def __init__(self, taps: Taps) -> None:
-        self._taps = weakref.ref(taps)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        taps = self._taps()
-        if taps is None or torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
-            return
-        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
-            taps.called(module, args[0] if args else next(iter(kwargs.values())), output)
-
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return _silent
-
-    def __reduce__(self) -> Any:
-        return _muted, ()
 
 
 @dataclass(eq=False)
@@ -98,7 +50,9 @@ class Ear:
         calls: calls of its layers that have not been heard yet.
         waiting: signals of calls, by backward pass, until all calls have been heard.
         sums: what has been heard since the last step.
+        spare: the memory of earlier sums.
         ever: whether anything was ever heard.
+        passes: how many backward passes were heard.
     """
 
     unit: Unit
@@ -109,6 +63,7 @@ class Ear:
     calls: int = 0
     waiting: dict[int, list[Signal]] = field(default_factory=dict)
     sums: Sums | None = None
+    spare: Sums | None = None
     ever: bool = False
     passes: int = 0
 
@@ -117,9 +72,19 @@ class Ear:
         return any(parameter.requires_grad for parameter in self.unit.operand.parameters)
 
     def empty(self) -> Sums:
-        """Sums of nothing."""
+        """Sums of nothing, where those of the last step were."""
+        if self.spare is not None:
+            sums, self.spare = self.spare, None
+            sums.clear_()
+            return sums
         lead = self.unit.lead
         return self.block.sums(self.recipe.moment.dtype_for(lead.dtype), lead.device)
+
+    def drop(self) -> None:
+        """Forget what was heard, but keep its memory."""
+        if self.sums is not None:
+            self.spare, self.sums = self.sums, None
+        self.waiting = {}
 
     def take(self, repeated: bool) -> None:
         """Sum up what is waiting, one backward pass after another.
@@ -214,13 +179,23 @@ class Taps:
             self._handles.pop(module).remove()
         for module in self._layers:
             if module not in self._handles:
-                self._handles[module] = module.register_forward_hook(_Hook(self), with_kwargs=True)
+                self._handles[module] = module.register_forward_hook(Hook(self), with_kwargs=True)
 
     def close(self) -> None:
         """Take all hooks off."""
         for handle in self._handles.values():
             handle.remove()
         self.__init__()  # type: ignore[misc]
+
+    @property
+    def pausing(self) -> bool:
+        """Whether nothing is heard now."""
+        return self._paused
+
+    @property
+    def stale(self) -> bool:
+        """Whether gradients were dropped since something was heard."""
+        return self._stale
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -243,13 +218,13 @@ class Taps:
         ears = [ear for ear, _ in self._layers.get(module, ()) if ear.due and ear.trains()]
         if self._paused or not (ears or self.count_always):
             return
-        born = _pass()
-        if born == _FORWARD:
+        born = graph_task()
+        if born == FORWARD:
             for ear in ears:
                 ear.calls += 1
             if any(ear.recipe.moment.labels != "data" for ear in ears):
                 self._edges.append(get_gradient_edge(output))
-        saved, taps = _save(value), weakref.ref(self)
+        saved, taps = save(value), weakref.ref(self)
 
         def hear(delta: Tensor) -> None:
             mine = taps()
@@ -261,7 +236,7 @@ class Taps:
     @torch.no_grad()
     def _hear(self, module: nn.Module, saved: Any, born: int, delta: Tensor) -> None:
         seeded = self._seed is not None
-        number = _pass() if born == _FORWARD else born
+        number = graph_task() if born == FORWARD else born
         self._begin(number)
         for ear, reading in self._layers.get(module, ()):
             if not ear.due or ear.recipe.moment.labels != self._labels:
@@ -270,7 +245,7 @@ class Taps:
                 signal = self._signal(ear, reading, saved.saved_tensors[0], delta, number)
                 ear.waiting.setdefault(number, []).append(signal)
                 heard = len(ear.waiting[number])
-                if born == _FORWARD and heard >= ear.calls:
+                if born == FORWARD and heard >= ear.calls:
                     ear.take(bool(self._seed))
                     ear.calls = ear.calls if seeded else 0
         if self.count_always and not seeded and number not in self._batches:
@@ -306,13 +281,14 @@ class Taps:
         except (ValueError, RuntimeError) as error:
             raise TapError(f"layer {reading.name} ({type(reading.module).__name__}) {error}") from error
         examples = self._batch(reading.name, out.shape[0], number)
+        constant: float | None = None
         if isinstance(given, Tensor):
             given = given.reshape(*given.shape[:2], *(operand.sizes[axis] for axis in sources[1]))
             if operand.joined:
                 constant = 1.0 if _own_bias(reading.module) is operand.parameters[1] else 0.0
-                given = F.pad(given.flatten(given.ndim - len(operand.joined)), (0, 1), value=constant)
+                given = given.flatten(given.ndim - len(operand.joined))
         axes = ear.unit.layout_axes(sources)
-        signal = Signal(out, axes[0], given, axes[1] if len(axes) > 1 else ())
+        signal = Signal(out, axes[0], given, axes[1] if len(axes) > 1 else (), constant=constant)
         if examples != out.shape[0]:
             signal = signal._map(lambda one: one.unflatten(0, (examples, -1)).flatten(1, 2))
         return replace(signal, weight=self._weight(reading.name, signal))
@@ -322,7 +298,9 @@ class Taps:
         if self._declared is not None:
             examples = self._declared[0]
             if examples < 1 or n % examples:
-                raise TapError(f"layer {name} has a batch of {n}, which is no multiple of the {examples} examples observed")
+                raise TapError(
+                    f"layer {name} has a batch of {n}, which is no multiple of the {examples} examples observed"
+                )
             self._count(number, examples, name)
             return examples
         self._count(number, n, name)
@@ -393,12 +371,12 @@ class Taps:
 
     def zeroed(self) -> None:
         """Gradients were dropped: what was heard goes when something new comes."""
-        self._stale = True
+        self._stale = self._stale or not self._paused
 
     def forget(self) -> None:
         """Drop what was heard since the last step; calls whose backward pass is to come are still heard."""
         for ear in self.ears.values():
-            ear.sums, ear.waiting = None, {}
+            ear.drop()
         self._batches = {}
         self.examples = 0.0
         self.observed, self._stale = 0, False
@@ -442,8 +420,8 @@ def _own_bias(module: nn.Module) -> Tensor | None:
 
 def _unheard(names: Sequence[str]) -> str:
     return (
-        f"nothing was heard of {', '.join(names[:8])}{' …' if len(names) > 8 else ''}, although statistics are due. Its layer "
-        "must be called as a module, under grad, after the optimizer was attached: attach before the first call of a "
+        f"nothing was heard of {', '.join(names[:8])}{' …' if len(names) > 8 else ''}, although statistics are due. Its "
+        "layer must be called as a module, under grad, after the optimizer was attached: attach before the first call of a "
         "compiled model (and without fullgraph=True), do not pass weights to functional calls or torch.func, and use "
         "checkpointing with use_reentrant=False if you call observe. Otherwise route it to a recipe with of='gradient'"
     )

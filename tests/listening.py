@@ -155,9 +155,7 @@ def sample_gradients(model, inputs, targets, likelihood, labels):
     else:
         values, vectors = torch.linalg.eigh(output_hessian(outputs.detach(), likelihood))
         seed = vectors * values.clamp_min(0).sqrt()[:, None, :]
-    return {
-        name: torch.einsum("nc...,ncs->ns...", value, seed).flatten(0, 1) for name, value in jacobian.items()
-    }
+    return {name: torch.einsum("nc...,ncs->ns...", value, seed).flatten(0, 1) for name, value in jacobian.items()}
 
 
 def recipe_of(partition, of="samples", **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..layout import Layout
 from ..recipe import Recipe
-from .base import Block, Spec, State, Sums
+from .base import Block, Means, Spec, State, Sums
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
@@ -22,6 +22,7 @@ __all__ = [
     "Block",
     "DiagonalBlock",
     "EigenBlock",
+    "Means",
     "Spec",
     "StandardBlock",
     "State",

@@ -69,11 +69,24 @@ class Sums:
     examples: float | Tensor = 0.0
     places: float | Tensor = 0.0
 
-    def means(self, scale: float | Tensor) -> dict[str, Tensor]:
-        """Means over examples: gradients' statistics times ``scale``, inputs' over the number of input vectors."""
+    def means(self, scale: float | Tensor) -> Means:
+        """The statistics, and by what each must be multiplied to be a mean over examples.
+
+        Args:
+            scale: the factor of gradients' statistics; those of inputs are divided by the number of input vectors.
+        """
         return {
-            name: value * (1 / self.places if name in self.of_input else scale) for name, value in self.tensors.items()
+            name: (value, 1 / self.places if name in self.of_input else scale) for name, value in self.tensors.items()
         }
+
+    def clear_(self) -> None:
+        """Start anew, in the same memory."""
+        torch._foreach_zero_(list(self.tensors.values()))
+        self.examples = self.places = 0.0
+
+
+Means = Mapping[str, tuple[Tensor, Weight]]
+"""Statistic -> the sum that was collected, and the factor that makes it a mean."""
 
 
 class Block:
@@ -129,20 +142,22 @@ class Block:
             for gradient in gradients(part, self.layout).split(1):
                 self.update(state, gradient, 1.0, part[0].gain)
 
-    def average(self, state: State, means: Sequence[Mapping[str, Tensor]], keep: Weight, gain: Weight) -> None:
+    def average(self, state: State, means: Sequence[Means], keep: Weight, gain: Weight) -> None:
         """Average what was collected in, F <- keep F + gain S, in place.
 
         Args:
             state: name -> ``[n, *shape]``.
-            means: for each of the n operands its collected statistics, as means over examples.
+            means: for each of the n operands its collected statistics.
             keep: weight of the old value, a number or a 0-d tensor.
             gain: weight of the new one.
         """
         for name in means[0]:
             rows = list(state[name])
             torch._foreach_mul_(rows, keep)
-            torch._foreach_add_(rows, torch._foreach_mul([mean[name] for mean in means], gain))
-            for row in rows:
+            for row, mean in zip(rows, means, strict=True):
+                value, factor = mean[name]
+                weight = gain * factor
+                row.add_(value * weight if isinstance(weight, Tensor) else value, alpha=_plain(weight))
                 flush_subnormals_(row)
 
     def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
@@ -172,6 +187,10 @@ class Block:
     def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
         """The undamped curvature, ``[n, numel, numel]`` in the operand's row-major order."""
         raise _missing(self, "dense")
+
+
+def _plain(weight: Weight) -> float:
+    return 1.0 if isinstance(weight, Tensor) else weight
 
 
 def _missing(block: Block, method: str) -> TypeError:

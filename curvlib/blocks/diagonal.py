@@ -6,17 +6,18 @@ the framework's multi-tensor kernels read each tensor where it lies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..checks import number
 from ..contraction import Target, add_independent, add_samples, independent_places
 from ..layout import Layout
 from ..moments import Weight
-from ..recipe import Damping, Recipe, number
+from ..recipe import Damping, Recipe
 from ..signals import Signal
-from .base import Block, Spec, State, Sums
+from .base import Block, Means, Spec, State, Sums
 
 
 class DiagonalBlock(Block):
@@ -68,10 +69,13 @@ class DiagonalBlock(Block):
             add_samples([Target(0, 0, flat)], self.layout, signals)
         total.add_(self.layout.unblock([flat.view(self.layout.regions[0].shape)], total[None])[0])
 
-    def average(self, state: State, means: Sequence[Mapping[str, Tensor]], keep: Weight, gain: Weight) -> None:
+    def average(self, state: State, means: Sequence[Means], keep: Weight, gain: Weight) -> None:
         """Entrywise v <- keep v + gain S."""
         rows = state["moment"]
-        shaped = [{"moment": mean["moment"].view(row.shape)} for mean, row in zip(means, rows, strict=True)]
+        shaped = [
+            {name: (value.view(row.shape), factor) for name, (value, factor) in mean.items()}
+            for mean, row in zip(means, rows, strict=True)
+        ]
         super().average({"moment": rows}, shaped, keep, gain)
         if self._maximum:
             torch._foreach_maximum_(state["peak"], rows)

@@ -7,16 +7,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..checks import number
 from ..layout import FactorShape, Layout
 from ..moments import power
-from ..recipe import Recipe, number
+from ..recipe import Recipe
 from ..roots import SILENT, How, RootJob, diagonal_root, solve
 from .base import Spec, State
 from .standard import Place, StandardBlock, spread
 
 
 class EigenBlock(StandardBlock):
-    """Factors as in the standard block, F_i = Q_i Λ_i Q_iᵀ, but the damping is added to their product::
+    """Factors as in the standard block, F_i = Q_i Λ_i Q_iᵀ, but the damping is added to their product.
+
+    In formulas::
 
         (⊗ F_i + λI)^-p = (⊗ Q_i) (⊗ Λ_i + λ)^-p (⊗ Q_i)ᵀ
 
@@ -94,7 +97,9 @@ class EigenBlock(StandardBlock):
                 continue
             place, _, values = bases[number_]
             one = spread(values, region, place) ** share
-            product = one if product is None else product[..., None] * one.view(-1, *[1] * (product.ndim - 1), one.shape[-1])
+            product = (
+                one if product is None else product[..., None] * one.view(-1, *[1] * (product.ndim - 1), one.shape[-1])
+            )
         assert product is not None
         missing = len(region.factors) + 1 - product.ndim
         product = product.view(product.shape[0], *[1] * missing, *product.shape[1:])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import moments
+from ..checks import number as as_float
 from ..contraction import Place, Target, add_independent, add_samples, independent_places
 from ..layout import FactorShape, Layout, Region
 from ..moments import Weight
 from ..recipe import Recipe
-from ..recipe import number as as_float
 from ..roots import SILENT, How, RootJob, diagonal_root, solve
 from ..signals import Signal
 from .base import Block, Spec, State, Sums

@@ -8,19 +8,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KRONECKER, EigenBlock
+from ..checks import check_choice
 from ..optimizer import CurvatureOptimizer
-from ..recipe import (
-    Clip,
-    Damping,
-    Labels,
-    Moment,
-    Momentum,
-    Recipe,
-    Root,
-    Rule,
-    Schedule,
-    check_choice,
-)
+from ..recipe import Clip, Damping, Labels, Moment, Momentum, Quadratic, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_weight
 
 Split = Literal["pi", "sqrt"] | None
@@ -58,6 +48,11 @@ class KFAC(CurvatureOptimizer):
             kfac_pytorch has it.
         form: ``"inverse"`` or ``"eigen"``.
         kl_clip: κ; ``None`` for none.
+        quadratic: choose step size and momentum as Martens & Grosse do (§7): the α and μ that minimise the exact quadratic
+            model with λ, for the update αΔ + μδ₀; ``momentum`` and ``kl_clip`` are not used, lr=1 is the paper's. Needs
+            ``observe`` at every step, and costs two more passes.
+        adapt_every: T of their Levenberg-Marquardt rule for λ (§6.5; theirs is 5), which needs ``quadratic=True`` and
+            ``step(closure)``; ``None`` for a constant λ. Theirs tunes the factors' damping apart from λ; here it follows λ.
         beta: β.
         momentum: of the gradient, a heavy ball; 0 for none.
         weight_decay: decoupled.
@@ -82,6 +77,8 @@ class KFAC(CurvatureOptimizer):
         split: Split = "pi",
         form: Literal["inverse", "eigen"] = "inverse",
         kl_clip: float | None = 1e-2,
+        quadratic: bool = False,
+        adapt_every: int | None = None,
         beta: float = 0.95,
         momentum: float | Callable[[int], float] = 0.9,
         weight_decay: float = 0.0,
@@ -108,6 +105,8 @@ class KFAC(CurvatureOptimizer):
             split=split,
             form=form,
             kl_clip=kl_clip,
+            quadratic=quadratic,
+            adapt_every=adapt_every,
             beta=beta,
             momentum=momentum,
             statistics_every=statistics_every,
@@ -125,6 +124,8 @@ def kfac(
     split: Split,
     form: Literal["inverse", "eigen"],
     kl_clip: float | None,
+    quadratic: bool,
+    adapt_every: int | None,
     beta: float,
     momentum: float,
     statistics_every: int,
@@ -138,7 +139,12 @@ def kfac(
     check_choice("split", split, (None, "pi", "sqrt"))
     moment = Moment("signals", beta=beta, debias=True, labels=labels, sharing=sharing, subsample=subsample)
     samples = Moment("samples", beta=beta, debias=True, labels=labels)
-    rule = Rule(Momentum(momentum) if momentum else None, clip=Clip("kl", kl_clip) if kl_clip is not None else None)
+    if adapt_every is not None and not quadratic:
+        raise ValueError(f"adapt_every={adapt_every!r} compares the loss with the quadratic model; set quadratic=True")
+    clip = Clip("kl", kl_clip) if kl_clip is not None else None
+    rule = Rule(Momentum(momentum) if momentum else None, clip=clip)
+    if quadratic:
+        rule = Rule(model=Quadratic(damping, adapt_every=adapt_every))
     schedule = Schedule(statistics_every, refresh_every, dense_start, stagger)
     root = Root(1, Damping(damping, split=split if form == "inverse" else None))
     block = EigenBlock if form == "eigen" else None

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KERNELS
+from ..checks import check_choice
 from ..optimizer import CurvatureOptimizer
-from ..recipe import Damping, Grafting, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule, check_choice
+from ..recipe import Damping, Grafting, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_kernel, is_matrix
 
 LINEAR_BLOCKS = {

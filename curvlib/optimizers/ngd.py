@@ -8,20 +8,23 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import check_period
 from ..optimizer import CurvatureOptimizer
-from ..recipe import Clip, Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule, check_period
+from ..recipe import Clip, Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table
 
 
 class NGD(CurvatureOptimizer):
-    """Natural gradient descent (Amari 1998), one dense Fisher block a layer, of the gradients g_n of single examples::
+    """Natural gradient descent (Amari 1998) with one dense Fisher block a layer.
+
+    With g_n the gradients of single examples::
 
         F <- β F + (1 - β) 1/N Σ_n g_n g_nᵀ         every T1 steps; divided by 1 - β^n
         d  = (F + λI)^-1 m                          F refreshed every T2 steps; m: the gradient's momentum
         w <- (1 - lr·weight_decay) w - lr d
 
-    A layer of P weights has a block of P² entries, solved in O(P³): this is for small networks, and for comparisons. Larger
-    layers are cut into equal chunks of at most ``block_size`` consecutive entries of [W, b].
+    A layer of P weights has a block of P² entries, solved in O(P³): this is for small networks, and for comparisons.
+    Larger layers are cut into equal chunks of at most ``block_size`` consecutive entries of [W, b].
 
     Args:
         params: parameters, groups, named parameters, or a model.

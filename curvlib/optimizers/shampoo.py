@@ -8,19 +8,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import check_choice, check_period
 from ..optimizer import CurvatureOptimizer
-from ..recipe import (
-    Damping,
-    Grafting,
-    Moment,
-    Momentum,
-    Recipe,
-    Root,
-    Rule,
-    Schedule,
-    check_choice,
-    check_period,
-)
+from ..recipe import Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_kernel, is_vector
 
 Kernels = Literal["separate", "merged", "inputs"]

@@ -1,0 +1,74 @@
+"""Checks of settings, and settings that are callables of the step (0, 1, 2, …)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from fractions import Fraction
+from typing import Any, TypeVar
+
+Number = float | Callable[[int], float]
+T = TypeVar("T")
+
+
+def check_number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, strict: bool = False) -> None:
+    """Refuse what is no number of ``[low, high)``, or of ``(low, high)`` if ``strict``; callables pass.
+
+    Raises:
+        ValueError: naming the parameter, the value and what is allowed.
+    """
+    if callable(value):
+        return
+    allowed = f"a number {'above' if strict else 'from'} {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+    number = isinstance(value, (int, float, Fraction)) and not isinstance(value, bool)
+    if not number or not (low < value if strict else low <= value) or not value < high:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Refuse what is not among the allowed values.
+
+    Raises:
+        ValueError: naming the parameter, the value and what is allowed.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_period(name: str, value: Any) -> None:
+    """Refuse what is no whole number of steps from 1.
+
+    Raises:
+        ValueError: naming the parameter, the value and what is allowed.
+    """
+    if not callable(value) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be a whole number of steps from 1, got {value!r}")
+
+
+def number(value: Number | Fraction) -> float:
+    """A setting that has been resolved, as a float."""
+    return float(value)  # type: ignore[arg-type]
+
+
+def period(value: int | Callable[[int], int]) -> int:
+    """A period that has been resolved."""
+    assert isinstance(value, int)
+    return value
+
+
+def resolve(thing: T, step: int) -> T:
+    """A dataclass with every callable number replaced by its value at a step, and checked again.
+
+    Predicates of routes and block classes are no numbers and stay.
+    """
+    changes: dict[str, Any] = {}
+    for entry in fields(thing):  # type: ignore[arg-type]
+        value = getattr(thing, entry.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            resolved = resolve(value, step)
+            if resolved is not value:
+                changes[entry.name] = resolved
+        elif callable(value) and not isinstance(value, type) and entry.name != "where":
+            changes[entry.name] = value(step)
+    return replace(thing, **changes) if changes else thing  # type: ignore[type-var]
