@@ -334,7 +334,7 @@ def add_independent(total: Tensor, place: Place, layout: Layout, signal: Signal,
         _add_counts(total, place, layout, signal)
         return
     for (part,) in slices([signal], _densest([signal])):
-        if place.source == 1 and part.constant is not None and not reduce and layout.terms[-1] == part.input_axes:
+        if place.source == 1 and part.constant is not None and not reduce and _whole(layout, region, part.input_axes):
             _add_joined_gram(total[0], part)
             continue
         value, axes = (part.delta, part.delta_axes) if place.source == 0 else _input(part)[0]
@@ -349,6 +349,15 @@ def add_independent(total: Tensor, place: Place, layout: Layout, signal: Signal,
         rows = block.permute(order).reshape(total.shape[0], -1, total.shape[-1])
         ties = math.prod(block.shape[here.index(name)] for name in tied)
         _add_gram(total, rows, (part.gain if place.source == 0 else 1.0) / ties)
+
+
+def _whole(layout: Layout, region: Region, axes: tuple[str, ...]) -> bool:
+    """Whether some axes are one uncut term of a region, by themselves inside one factor."""
+    if axes not in layout.terms:
+        return False
+    _, _, size, split = region.runs[layout.terms.index(axes)]
+    full = next(axis.size for axis in layout.sizes if axis.name == axes[-1])
+    return not split and size == full and len(axes) == 1
 
 
 def _add_joined_gram(total: Tensor, signal: Signal) -> None:

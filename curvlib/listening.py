@@ -67,9 +67,13 @@ class Listening:
             )
         return reduction if scale is not None else reduction * given
 
-    def _means(self, heard: Mapping[Unit, Sums], settings: Sequence[Mapping[str, Any]]) -> dict[Unit, Means]:
+    def _heard(self, active: Sequence[Unit], settings: Sequence[Mapping[str, Any]]) -> dict[Unit, Means]:
         """What was heard, as means over examples of the second moments of their gradients."""
         recipes, means = self._recipes(), {}
+        deaf = [unit.name for unit in active if recipes[unit].moment.listens and unit.lead not in self._taps.ears]
+        if deaf and any(recipes[unit].root.exponent for unit in active if unit.name in deaf):
+            raise TapError(f"a copied or unpickled optimizer hears nothing: call attach(model); {', '.join(deaf[:8])}")
+        heard: Mapping[Unit, Sums] = self._taps.heard(active)
         for unit, sums in heard.items():
             factor = settings[unit.groups[0]]["signal_factor"]
             own = recipes[unit].moment.labels == "data"

@@ -223,7 +223,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             return loss
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
-        heard = self._means(self._taps.heard(active), settings)
+        heard = self._heard(active, settings)
         gate = self._check_gradients(active, heard)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
@@ -338,7 +338,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     def _warm(self, number: int) -> None:
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
-        heard = self._means(self._taps.heard(active), settings)
+        heard = self._heard(active, settings)
         gate = self._check_gradients(active, heard)
         recipes = self._bind(active)
         with full_precision():
@@ -390,7 +390,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self._forget()
 
     def _forget(self) -> None:
-        """Drop everything that can be derived again; a copy hears nothing until it is attached."""
+        """Drop everything that can be derived again."""
         self._storage = Storage()
         self._units = None
         self._cache = None
@@ -408,7 +408,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._readings, self._taps, self._told, self._seen = {}, Taps(), frozenset(), []
+        if "_taps" not in self.__dict__:  # a copy hears nothing until it is attached; torch also comes here to load
+            self._readings, self._taps, self._told, self._seen = {}, Taps(), frozenset(), []
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:
