@@ -40,6 +40,7 @@ class Piece:
         parameter: a view of the parameter with its named axes.
         direction: what is subtracted, but for the step size.
         gradient: of the mean loss.
+        reference: what was preconditioned: the gradient, or its momentum.
         group: number of the parameter's group.
         source: the parameter itself.
     """
@@ -47,6 +48,7 @@ class Piece:
     parameter: Tensor
     direction: Tensor
     gradient: Tensor
+    reference: Tensor
     group: int
     source: Tensor
 
@@ -214,13 +216,15 @@ class Cohort:
             if self.bucket.packed:
                 windows = unit.operand.windows(direction[0][place])
                 gradients = unit.operand.windows(self.gradient[0][place])
+                references = unit.operand.windows(self.reference[0][place])
             else:
-                windows, gradients = [direction[place]], [self.gradient[place]]
-            for parameter, window, gradient, group in zip(
-                unit.operand.parameters, windows, gradients, unit.groups, strict=True
+                windows, gradients, references = [direction[place]], [self.gradient[place]], [self.reference[place]]
+            for parameter, window, gradient, reference, group in zip(
+                unit.operand.parameters, windows, gradients, references, unit.groups, strict=True
             ):
                 if parameter.grad is not None:
-                    yield Piece(parameter.detach().view(window.shape), window, gradient, group, parameter)
+                    view = parameter.detach().view(window.shape)
+                    yield Piece(view, window, gradient, reference, group, parameter)
 
 
 def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -360,7 +364,7 @@ def _clip_scales(
     for cohort, pieces in finished:
         clip = cohort.recipe.rule.clip
         if clip is not None:
-            pairs[clip] += [([one.direction], [one.gradient], groups[one.group]["lr"]) for one in pieces]
+            pairs[clip] += [([one.direction], [one.reference], groups[one.group]["lr"]) for one in pieces]
     return {clip: rules.clip_scale(clip, members) for clip, members in pairs.items()}
 
 

@@ -253,8 +253,9 @@ class Clip:
     """Shrink all directions by one factor.
 
     Args:
-        kind: ``"norm"``: to a global norm of at most ``limit``; ``"kl"``: by min(1, √(limit / Σ lr² gᵀd)), so that the
-            step's quadratic size stays below ``limit`` (Ba et al. 2017).
+        kind: ``"norm"``: to a global norm of at most ``limit``; ``"kl"``: by min(1, √(limit / Σ lr² mᵀd)), so that the
+            step's quadratic size dᵀFd stays below ``limit`` (Ba et al. 2017), with m what was preconditioned: the gradient,
+            or its momentum, so that mᵀd is never negative.
         limit: the bound.
     """
 

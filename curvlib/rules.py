@@ -123,7 +123,7 @@ def clip_scale(clip: Clip, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tens
 
     Args:
         clip: kind and limit.
-        pairs: (directions, gradients, lr) of all parameters that share the clip.
+        pairs: (directions, what was preconditioned, lr) of all parameters that share the clip.
     """
     device = next((one.device for directions, _, _ in pairs for one in directions), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)

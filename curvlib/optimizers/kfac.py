@@ -25,7 +25,7 @@ class KFAC(CurvatureOptimizer):
         A <- β A + (1 - β) E[a aᵀ]                  every T1 steps; divided by 1 - β^n
         B <- β B + (1 - β) E[δ δᵀ]
         D  = (B + √λ/π I)^-1 M (A + π√λ I)^-1       every T2 steps; M: the gradient's momentum
-        W <- (1 - lr·weight_decay) W - lr ν D       ν = min(1, √(κ / Σ lr² ⟨D, G⟩))
+        W <- (1 - lr·weight_decay) W - lr ν D       ν = min(1, √(κ / Σ lr² ⟨D, M⟩))
 
     with π² the ratio of the mean eigenvalues of A and B. Where a layer is applied at several positions t (of a sequence, an
     image), ``"expand"`` takes positions as examples, A = E[1/T Σ_t a aᵀ], B = E[Σ_t δ δᵀ] (which is KFAC for convolutions),
@@ -69,7 +69,7 @@ class KFAC(CurvatureOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor | Callable[[int], float] = 0.1,
+        lr: float | Tensor | Callable[[int], float] = 0.03,
         *,
         damping: float | Callable[[int], float] = 1e-2,
         labels: Labels = "data",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ KRONECKER = "| o, i k..."
 def perceptron(*widths, act=nn.Tanh, seed=0):
     torch.manual_seed(seed)
     layers = []
-    for one, two in zip(widths, widths[1:], strict=False):
+    for one, two in pairwise(widths):
         layers += [nn.Linear(one, two), act()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -189,8 +190,8 @@ def plain_kfac(model, batches, split, lr=0.1, damping=0.01, beta=0.95, mu=0.9, e
                     torch.linalg.inv(big_b + share / pi * torch.eye(len(big_b), dtype=F64)),
                     torch.linalg.inv(big_a + share * pi * torch.eye(len(big_a), dtype=F64)),
                 )
-            moves.append((module, gradient, held_["roots"][0] @ held_["M"] @ held_["roots"][1]))
-        size = sum(float((d * g).sum()) for _, g, d in moves) * lr**2
+            moves.append((module, held_["M"], held_["roots"][0] @ held_["M"] @ held_["roots"][1]))
+        size = sum(float((d * m).sum()) for _, m, d in moves) * lr**2
         shrink = 1.0 if clip is None or size <= 0 else min(1.0, math.sqrt(clip / size))
         with torch.no_grad():
             for module, _, direction in moves:
@@ -355,6 +356,12 @@ def test_step_and_momentum_minimise_the_exact_quadratic_model():
         last = update
 
 
+def step_twice(optimizer, closure):
+    for _ in range(2):
+        closure()
+        optimizer.step()
+
+
 def test_the_damping_follows_the_loss():
     model = perceptron(4, 5, 3)
     optimizer = KFAC(model, 1.0, damping=10.0, labels="exact", quadratic=True, adapt_every=2, refresh_every=1)
@@ -373,16 +380,14 @@ def test_the_damping_follows_the_loss():
     # A damping that is far too strong makes the model right, ρ near 1: four times λ <- λ (19/20)²
     assert optimizer.param_groups[0]["damping"] == pytest.approx(10.0 * (19 / 20) ** 8)
     with pytest.raises(TapError, match=r"step\(closure\)"):
-        for _ in range(2):
-            closure()
-            optimizer.step()
+        step_twice(optimizer, closure)
 
 
 def test_bad_settings_are_named():
     model = perceptron(3, 2)
     with pytest.raises(ValueError, match="form must be one of 'inverse', 'eigen', got 'cholesky'"):
         KFAC(model, form="cholesky")
-    with pytest.raises(ValueError, match="adapt_every=5 .*quadratic=True"):
+    with pytest.raises(ValueError, match=r"adapt_every=5 .*quadratic=True"):
         KFAC(model, adapt_every=5)
     with pytest.raises(ValueError, match="labels must be one of 'data', 'sampled', 'exact', got 'true'"):
         KFAC(model, labels="true")
@@ -398,7 +403,7 @@ def test_bad_settings_are_named():
 
 def test_without_a_model_it_warns_once_and_uses_gradients():
     model = perceptron(3, 4, 2)
-    with pytest.warns(curvlib.TapWarning, match="its layer is unknown.*attach") as caught:
+    with pytest.warns(curvlib.TapWarning, match=r"its layer is unknown.*attach") as caught:
         optimizer = KFAC(model.parameters())
     assert len(caught) == 1
     train(model, optimizer, batches(3, width=3, classes=2))
