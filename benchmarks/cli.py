@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="list problems and methods")
     study = commands.add_parser(
-        "study", help="the main study: two problems on bundled digits, four methods, three seeds"
+        "study", help="the main study: two problems on bundled digits, six methods, three seeds"
     )
     run = commands.add_parser("run", help="compare methods on one problem")
     run.add_argument("problem", help=f"one of: {', '.join(PROBLEMS)}")

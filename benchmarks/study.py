@@ -47,8 +47,8 @@ class Study:
         ]
 
 
-MAIN = ("mbf", "shampoo", "adam", "sgd")
-DIGITS = Study("Four optimizers on handwritten digits", ("digits-autoencoder", "digits-cnn"), MAIN, seeds=(0, 1, 2))
+MAIN = ("kfac", "mbf", "mbf-samples", "shampoo", "adam", "sgd")
+DIGITS = Study("Six optimizers on handwritten digits", ("digits-autoencoder", "digits-cnn"), MAIN, seeds=(0, 1, 2))
 
 
 def run_study(study: Study, folder: Path, source: Path | None, console: Console) -> list[Record]:

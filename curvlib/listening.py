@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -144,6 +145,10 @@ class Listening:
             raise ValueError(f"{what} needs a likelihood, one of {', '.join(map(repr, LIKELIHOODS))}")
         check_choice("likelihood", likelihood, LIKELIHOODS)
         return likelihood
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Hear nothing in this context: for backward passes that are not of the training loss."""
+        return self._taps.paused()
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """The randomness of one observation: of nothing but the seed, the step, and which one of the step it is."""

@@ -70,6 +70,9 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere.
     """
 
+    # A GradScaler hands its scale and what overflowed over, instead of deciding on the host whether to step.
+    _step_supports_amp_scaling = True
+
     _storage: Storage
     _units: list[Unit] | None
     _cache: _Tables | None
