@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import curvlib
-from curvlib import Moment, Recipe, Root, Rule
+from curvlib import CurvatureOptimizer, Moment, Recipe, Root, Rule
 
 F64 = torch.float64
 
@@ -175,3 +176,66 @@ def listen(model, recipe, inputs, targets, likelihood="categorical", reduction="
         (losses.sum() if reduction == "sum" else losses.mean() / parts).backward()
     optimizer.step()
     return optimizer
+
+
+def kronecker(of="signals", **options):
+    return recipe_of("| o, i", of, join_bias=True, **options)
+
+
+class Net(nn.Module):
+    """Three layers in two stages, the first with an activation in place."""
+
+    def __init__(self, mode="eager", inplace=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=inplace), nn.Linear(5, 6), nn.Tanh()),
+                nn.Sequential(nn.Linear(6, 3)),
+            ]
+        )
+        self.mode = mode
+        self.double()
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x) if self.mode == "eager" else checkpoint(stage, x, use_reentrant=self.mode == "reentrant")
+        return x
+
+
+def batch(n=8, seed=1, width=4):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, width, dtype=F64, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def statistics(optimizer):
+    return {
+        (index, name): value.clone()
+        for index, record in enumerate(optimizer.state.values())
+        for name, value in record.items()
+        if name.startswith(("factor", "moment"))
+    }
+
+
+def run(model, of="signals", x=None, call=None, steps=1, observe=False, before=None, **options):
+    """Statistics after some steps of length zero."""
+    optimizer = CurvatureOptimizer(model, kronecker(of, **options), lr=0.0)
+    data, targets = batch() if x is None else x
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = (model if call is None else call)(data)
+        if observe:
+            optimizer.observe(logits, "categorical")
+        if before:
+            before(optimizer, model)
+        F.cross_entropy(logits, targets).backward()
+        optimizer.step()
+    return optimizer
+
+
+def assert_same(one, two, rtol=1e-10):
+    one, two = (statistics(each) if isinstance(each, CurvatureOptimizer) else each for each in (one, two))
+    assert one
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name].to(value.dtype), rtol=rtol, atol=rtol * float(value.abs().max()))

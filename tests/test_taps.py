@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import curvlib
 from curvlib import (
     CurvatureOptimizer,
     Moment,
-    NonFiniteGradient,
     Recipe,
     Root,
     Route,
@@ -27,73 +25,11 @@ from curvlib import (
     TapError,
     TapWarning,
 )
-from tests.listening import F64, recipe_of
+from curvlib.hooks import save
+from tests.listening import F64, Net, assert_same, batch, kronecker, recipe_of, run
 
 SAMPLES, SIGNALS = "samples", "signals"
 BOTH = pytest.mark.parametrize("of", [SAMPLES, SIGNALS])
-
-
-def recipe(of=SIGNALS, **options):
-    return recipe_of("| o, i", of, join_bias=True, **options)
-
-
-class Net(nn.Module):
-    """Three layers in two stages, the first with an activation in place."""
-
-    def __init__(self, mode="eager", inplace=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stages = nn.ModuleList(
-            [
-                nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=inplace), nn.Linear(5, 6), nn.Tanh()),
-                nn.Sequential(nn.Linear(6, 3)),
-            ]
-        )
-        self.mode = mode
-        self.double()
-
-    def forward(self, x):
-        for stage in self.stages:
-            x = stage(x) if self.mode == "eager" else checkpoint(stage, x, use_reentrant=self.mode == "reentrant")
-        return x
-
-
-def batch(n=8, seed=1, width=4):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, width, dtype=F64, generator=generator), torch.randint(0, 3, (n,), generator=generator)
-
-
-def statistics(optimizer):
-    return {
-        (index, name): value.clone()
-        for index, record in enumerate(optimizer.state.values())
-        for name, value in record.items()
-        if name.startswith(("factor", "moment"))
-    }
-
-
-def run(model, of=SIGNALS, x=None, call=None, steps=1, observe=False, before=None, **options):
-    """Statistics after some steps of length zero."""
-    optimizer = CurvatureOptimizer(model, recipe(of, **options), lr=0.0)
-    data, targets = batch() if x is None else x
-    for _ in range(steps):
-        optimizer.zero_grad()
-        logits = (model if call is None else call)(data)
-        if observe:
-            optimizer.observe(logits, "categorical")
-        if before:
-            before(optimizer, model)
-        F.cross_entropy(logits, targets).backward()
-        optimizer.step()
-    return optimizer
-
-
-def assert_same(one, two, rtol=1e-10):
-    one, two = (statistics(each) if isinstance(each, CurvatureOptimizer) else each for each in (one, two))
-    assert one
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name].to(value.dtype), rtol=rtol, atol=rtol * float(value.abs().max()))
 
 
 # -- checkpointing, compilation, activations --------------------------------------------------------------------------
@@ -116,7 +52,7 @@ def test_checkpointing_still_frees_inputs():
     model = Net("non-reentrant")
     held = []
     model.stages[0][2].register_forward_pre_hook(lambda _, args: held.append(weakref.ref(args[0])))
-    CurvatureOptimizer(model, recipe())
+    CurvatureOptimizer(model, kronecker())
     loss = model(batch()[0]).sum()
     gc.collect()
     assert held[0]() is None
@@ -192,7 +128,7 @@ def test_evaluation_and_passes_without_grad_or_backward_change_nothing(of):
 @BOTH
 def test_of_closures_that_are_evaluated_twice_the_last_one_counts(of):
     model = Net()
-    optimizer = CurvatureOptimizer(model, recipe(of), lr=0.0)
+    optimizer = CurvatureOptimizer(model, kronecker(of), lr=0.0)
     x, y = batch()
 
     def closure():
@@ -217,13 +153,13 @@ def test_equal_micro_batches_are_the_big_batch(of, how):
     x, y = batch(12)
     reduction = {"mean": "mean", "added means": 3.0, "sum": "sum"}[how]
     model = Net()
-    optimizer = CurvatureOptimizer(model, recipe(of), lr=0.1, reduction=reduction)
+    optimizer = CurvatureOptimizer(model, kronecker(of), lr=0.1, reduction=reduction)
     for some, wanted in zip(x.chunk(3), y.chunk(3), strict=True):
         loss = F.cross_entropy(model(some), wanted, reduction="sum" if how == "sum" else "mean")
         (loss / 3 if how == "mean" else loss).backward()
     optimizer.step()
     whole = Net()
-    reference = CurvatureOptimizer(whole, recipe(of), lr=0.1)
+    reference = CurvatureOptimizer(whole, kronecker(of), lr=0.1)
     F.cross_entropy(whole(x), y).backward()
     reference.step()
     assert_same(optimizer, reference)
@@ -243,89 +179,6 @@ def test_sum_losses_know_their_examples_also_between_statistics():
             optimizer.step()
     for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, two)
-
-
-# -- precision --------------------------------------------------------------------------------------------------------
-
-
-def test_autocast_leaves_statistics_in_float32():
-    model, x = Net().float(), batch()[0].float()
-    optimizer = CurvatureOptimizer(model, recipe(), lr=0.0)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(x)
-    F.cross_entropy(logits.float(), batch()[1]).backward()
-    optimizer.step()
-    assert {value.dtype for value in statistics(optimizer).values()} == {torch.float32}
-    reference = run(Net().float(), x=(x, batch()[1]))
-    assert_same(optimizer, reference, rtol=3e-2)
-
-
-def scaled_step(model, optimizer, scaler, clip=False, factor=1.0):
-    optimizer.zero_grad()
-    x, y = batch()
-    scaler.scale(F.cross_entropy(model(x), y) * factor).backward()
-    if clip:
-        scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-
-
-@BOTH
-@pytest.mark.parametrize("clip", [False, True])
-def test_the_scale_of_a_scaler_stays_out_of_statistics(of, clip):
-    model = Net()
-    optimizer = CurvatureOptimizer(model, recipe(of), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    if clip:
-        optimizer.loss_scale = scaler.get_scale
-    scaled_step(model, optimizer, scaler, clip)
-    assert_same(optimizer, run(Net(), of))
-
-
-def test_an_unscaled_gradient_without_a_known_scale_is_an_error():
-    model = Net()
-    optimizer = CurvatureOptimizer(model, recipe(), lr=0.0)
-    with pytest.raises(TapError, match=r"loss_scale = scaler\.get_scale"):
-        scaled_step(model, optimizer, torch.amp.GradScaler("cpu"), clip=True)
-
-
-@pytest.mark.parametrize("clip", [False, True])
-def test_an_overflow_changes_nothing(clip):
-    model, plain = Net(), Net()
-    optimizer = CurvatureOptimizer(model, recipe(), lr=0.1)
-    reference = CurvatureOptimizer(plain, recipe(), lr=0.1)
-    scaler, other = (torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000) for _ in range(2))
-    for one, scale in ((optimizer, scaler), (reference, other)):
-        one.loss_scale = scale.get_scale if clip else 1.0
-    scaled_step(model, optimizer, scaler, clip)
-    scaled_step(plain, reference, other, clip)
-    before = statistics(optimizer), [parameter.clone() for parameter in model.parameters()]
-    scaled_step(model, optimizer, scaler, clip, factor=1e308)
-    assert_same(statistics(optimizer), before[0])
-    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before[1], strict=True))
-    scaled_step(model, optimizer, scaler, clip)
-    scaled_step(plain, reference, other, clip)
-    assert_same(optimizer, reference)
-
-
-def test_signals_that_are_not_finite_are_reported_by_name_and_harm_nothing():
-    model = Net()
-    optimizer = CurvatureOptimizer(model, recipe(labels="exact"), lr=0.1)
-    x, y = batch()
-    for poison in (1.0, 1e200):
-        logits = model(x)
-        optimizer.observe(logits, "gaussian", scale=poison**2 if poison == 1.0 else 1e305)
-        F.cross_entropy(logits, y).backward()
-        before = statistics(optimizer)
-        if poison == 1.0:
-            optimizer.step()
-            continue
-        with torch.no_grad():
-            for ear in optimizer._taps.ears.values():
-                next(iter(ear.sums.tensors.values())).fill_(float("nan"))
-        with pytest.raises(NonFiniteGradient, match=r"the signals of stages\.0\.0\.weight"):
-            optimizer.step()
-        assert_same(statistics(optimizer), before)
 
 
 # -- shared layers ----------------------------------------------------------------------------------------------------
@@ -435,76 +288,13 @@ def test_rows_folded_into_the_batch_are_told_by_observing():
     torch.testing.assert_close(optimizer.curvature(model.inner), rows.T @ rows / 8, rtol=1e-10, atol=1e-12)
 
 
-# -- padding and thinning ---------------------------------------------------------------------------------------------
-
-
-class Tokens(nn.Module):
-    """A linear model of sequences, position by position."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-@pytest.mark.parametrize(("of", "sharing"), [(SAMPLES, "expand"), (SIGNALS, "expand"), (SIGNALS, "reduce")])
-@pytest.mark.parametrize("labels", ["data", "sampled", "exact"])
-def test_padding_never_enters_a_statistic(of, sharing, labels):
-    lengths = torch.tensor([4, 2, 0, 3])
-    mask = torch.arange(4) < lengths[:, None]
-    x = torch.randn(4, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
-    y = torch.randint(0, 3, (4, 4), generator=torch.Generator().manual_seed(1)).where(mask, -100)
-    held = []
-    for garbage in (0.0, 1e3):
-        model = Tokens()
-        optimizer = CurvatureOptimizer(model, recipe(of, sharing=sharing, labels=labels), lr=0.0)
-        logits = model(x.where(mask[:, :, None], garbage))
-        optimizer.observe(logits, "categorical", mask=mask, generator=torch.Generator().manual_seed(3))
-        F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100).backward()
-        optimizer.step()
-        held.append(statistics(optimizer))
-    if labels != "sampled":  # what is drawn at a padded position changes nothing, but how a draw is made may
-        assert_same(*held)
-    if of == SIGNALS and sharing == "expand":
-        rows = torch.cat([x[mask], x.new_ones(int(mask.sum()), 1)], 1)
-        torch.testing.assert_close(held[1][0, "factor_0_1"], (rows.T @ rows / len(rows))[None])
-
-
-def test_a_mask_that_does_not_fit_is_an_error():
-    model = Net()
-    optimizer = CurvatureOptimizer(model, recipe(labels="exact"))
-    with pytest.raises(ValueError, match=r"mask must be bool with 8 examples first, got torch\.float64"):
-        optimizer.observe(model(batch()[0]), "categorical", mask=torch.ones(8, dtype=F64))
-
-
-def test_thinning_takes_every_second_and_scales_up():
-    x, y = batch()
-    thin = run(Net(), SAMPLES, (x, y), subsample=2)
-    half = run(Net(), SAMPLES, (x[::2], y[::2]))
-    assert_same(thin, half)
-    tokens = torch.randn(3, 6, 4, dtype=F64)
-    outputs = []
-    for options, some in (({"subsample": 2}, tokens), ({}, tokens[:, ::2])):
-        model = Tokens()
-        optimizer = CurvatureOptimizer(model, recipe(SIGNALS, **options), lr=0.0)
-        model(some).square().sum((1, 2)).mean().backward()
-        optimizer.step()
-        outputs.append(statistics(optimizer))
-    for (index, name), value in outputs[0].items():
-        scale = 2 if name == "factor_0_0" else 1  # there are twice as many positions' gradients
-        torch.testing.assert_close(value, scale * outputs[1][index, name])
-
-
 # -- what can't be heard ----------------------------------------------------------------------------------------------
 
 
 def test_attention_is_routed_to_gradients_and_said_once():
     attention = nn.MultiheadAttention(4, 2).double()
     with pytest.warns(TapWarning, match=r"in_proj_weight: no tap.*out_proj\.weight: attention applies") as caught:
-        optimizer = CurvatureOptimizer(attention, [Route(recipe(), name="*weight"), Route(Recipe("... |"))])
+        optimizer = CurvatureOptimizer(attention, [Route(kronecker(), name="*weight"), Route(Recipe("... |"))])
     assert len(caught) == 1
     x = torch.randn(3, 2, 4, dtype=F64)
     with warnings.catch_warnings():
@@ -539,55 +329,6 @@ def test_frozen_layers_cost_nothing(monkeypatch):
     assert len(optimizer.state) == 2
 
 
-# -- labels -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_due_step_without_observing_says_so_and_others_do_not_need_it():
-    model = Net()
-    table = Recipe("| o, i", Moment(SIGNALS, labels="sampled"), Root(1, 0.1), Rule(), Schedule(2, 2), join_bias=True)
-    optimizer = CurvatureOptimizer(model, table, lr=0.1)
-    x, y = batch()
-    for step in range(4):
-        optimizer.zero_grad()
-        logits = model(x)
-        if step != 2:
-            optimizer.observe(logits, "categorical")
-        F.cross_entropy(logits, y).backward()
-        if step == 2:
-            with pytest.raises(TapError, match=r"labels='sampled'.*call optimizer\.observe\(outputs, likelihood"):
-                optimizer.step()
-            break
-        optimizer.step()
-    with pytest.raises(ValueError, match=r"labels='sampled' needs a likelihood, one of 'categorical'"):
-        optimizer.observe(model(x))
-    with pytest.raises(ValueError, match=r"likelihood must be one of .* got 'poisson'"):
-        optimizer.observe(model(x), "poisson")
-
-
-def test_drawn_labels_follow_from_the_seed_and_the_step():
-    held = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(17 + len(held))
-        model = Net()
-        optimizer = CurvatureOptimizer(model, recipe(labels="sampled"), lr=0.0)
-        optimizer.seed = seed
-        logits = model(batch()[0])
-        optimizer.observe(logits, "categorical")
-        logits.sum().backward()
-        optimizer.step()
-        held.append(statistics(optimizer))
-    assert_same(held[0], held[1])
-    assert not torch.allclose(held[0][0, "factor_0_0"], held[2][0, "factor_0_0"])
-
-
-def test_observing_leaves_gradients_alone():
-    model, plain = Net(), Net()
-    run(model, labels="exact", observe=True)
-    run(plain)
-    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one.grad, two.grad)
-
-
 # -- traces -----------------------------------------------------------------------------------------------------------
 
 
@@ -606,7 +347,7 @@ def test_detaching_leaves_no_trace():
 
 def test_copies_and_pickles_of_the_model_are_silent():
     model = Net()
-    optimizer = CurvatureOptimizer(model, recipe(), lr=0.0)
+    optimizer = CurvatureOptimizer(model, kronecker(), lr=0.0)
     twin = copy.deepcopy(model)
     stream = io.BytesIO()
     torch.save(model, stream)
@@ -631,7 +372,7 @@ def test_a_model_outlives_its_optimizer():
 
 def test_a_new_optimizer_does_not_disturb_an_older_one():
     model = Net()
-    first, second = (CurvatureOptimizer(model, recipe(), lr=0.0) for _ in range(2))
+    first, second = (CurvatureOptimizer(model, kronecker(), lr=0.0) for _ in range(2))
     x, y = batch()
     F.cross_entropy(model(x), y).backward()
     first.step()
