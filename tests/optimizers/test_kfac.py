@@ -277,6 +277,23 @@ def test_cut_factors_are_stored_once_for_all_blocks_that_share_them():
     torch.testing.assert_close(dense, torch.kron(big_b, big_a)[order][:, order], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_the_scale_of_factors_does_not_depend_on_how_often_examples_are_repeated(sharing):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(27, 3)).double()
+    x, y = torch.randn(5, 2, 4, 4, dtype=F64), torch.randint(0, 3, (5,))
+    recipe = recipe_of(KRONECKER, "signals", sharing=sharing, join_bias=True)
+    held_ = []
+    for times in (1, 3):
+        optimizer = listen(
+            model, recipe, x.repeat(times, 1, 1, 1), y.repeat(times), reduction="sum" if times > 1 else "mean"
+        )
+        held_.append([optimizer.curvature(model[0]), optimizer.curvature(model[2])])
+        optimizer.detach()
+    for one, two in zip(*held_, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 @pytest.mark.parametrize("labels", ["data", "sampled", "exact"])
 def test_resumed_is_uninterrupted(labels):
     data = batches(7)

@@ -1,0 +1,1 @@
+"""Comparisons with other libraries; each skips where its peer is not installed."""
