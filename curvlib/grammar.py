@@ -54,15 +54,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Term:
-    """Axes that are treated as one, in row-major order, and perhaps cut."""
+    """Axes that are treated as one, in row-major order, and perhaps cut; a lone ellipsis is one only if it is ``merged``."""
 
     axes: tuple[str, ...]
     cut: Cut | None = None
     tied: bool = False
     at: int = field(default=0, compare=False)
+    merged: bool = False
 
     def __str__(self) -> str:
-        inner = self.axes[0] if len(self.axes) == 1 else f"({' '.join(self.axes)})"
+        inner = self.axes[0] if len(self.axes) == 1 and not self.merged else f"({' '.join(self.axes)})"
         return f"{'~' if self.tied else ''}{inner}{self.cut or ''}"
 
 
@@ -210,7 +211,9 @@ class _Parser:
             axes = [name.value]
         else:
             raise self.fail(f"expected an axis, got {self.token.value or 'the end'!r}")
-        return Term(tuple(axes), self.cut(), tied, start)
+        cut = self.cut()
+        merged = opening is not None and cut is not None and len(axes) == 1 and axes[0].endswith("...")
+        return Term(tuple(axes), cut, tied, start, merged)
 
     def cut(self) -> Cut | None:
         tied = self.token.kind == "~" and self.tokens[self.here + 1].kind in ("/", "//")

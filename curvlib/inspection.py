@@ -11,6 +11,7 @@ from .health import Health, health_of
 from .recipe import Recipe
 from .routing import Table
 from .storage import Storage
+from .taps import Taps
 from .units import Unit
 
 
@@ -20,6 +21,7 @@ class Inspection:
     param_groups: list[dict[str, Any]]
     _storage: Storage
     _masked: dict[str, Tensor]
+    _taps: Taps
 
     def _recipes(self) -> dict[Unit, Recipe]:
         raise NotImplementedError
@@ -83,12 +85,14 @@ class Inspection:
         return health_of(self._storage.buckets, self._masked)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of optimizer state by role: statistics, roots, momentum, …; ``workspace`` holds packed gradients."""
+        """Bytes of optimizer state by role: statistics, roots, momentum, …; gradients and signals in ``workspace``."""
         self._bind()
         total: dict[str, int] = {}
         for bucket in self._storage.buckets:
             for role, size in bucket.nbytes().items():
                 total[role] = total.get(role, 0) + size
+        if heard := self._taps.nbytes():
+            total["workspace"] = total.get("workspace", 0) + heard
         return total
 
     def __repr__(self) -> str:

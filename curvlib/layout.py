@@ -294,7 +294,7 @@ def _expand(sentence: Sentence, text: str, axes: list[str]) -> tuple[list[Term],
         expanded: list[str] = []
         for axis in term.axes:
             expanded += rest if axis == "..." else numbered(axis[:-3]) if axis.endswith("...") else [axis]
-        if len(term.axes) == 1:
+        if len(term.axes) == 1 and not term.merged:
             return [Term((axis,), term.cut, term.tied, term.at) for axis in expanded]
         return [Term(tuple(expanded), term.cut, term.tied, term.at)] if expanded else []
 

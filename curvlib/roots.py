@@ -204,7 +204,7 @@ def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     if matrix.device.type == "cpu":
         if failed.any():  # what failed may be singular
             lower = torch.where(failed[:, None, None] == 0, lower, identity)
-        root = torch.cholesky_inverse(lower)
+        root = torch.cholesky_inverse(lower).mT  # symmetric, but laid out by columns
     else:
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         root = inverse.mT @ inverse

@@ -197,6 +197,11 @@ class Taps:
         """Whether gradients were dropped since something was heard."""
         return self._stale
 
+    def nbytes(self) -> int:
+        """Bytes in which signals are summed up."""
+        kept = [sums for ear in self.ears.values() for sums in (ear.sums, ear.spare) if sums is not None]
+        return sum(value.numel() * value.element_size() for sums in kept for value in sums.tensors.values())
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Hear nothing for a while."""
