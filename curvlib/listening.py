@@ -88,7 +88,8 @@ class Listening:
         due = {}
         for unit, recipe in self._recipes().items():
             if unit.lead in self._taps.ears:
-                due[unit.lead] = recipe.schedule.takes_statistics(int(self.state.get(unit.lead, {}).get("step", 0)))
+                step = int(self.state.get(unit.lead, {}).get("step", 0))
+                due[unit.lead] = (step, recipe.schedule.takes_statistics(step))
         self._taps.expect(due)
 
     def observe(

@@ -189,8 +189,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
 
     def detach(self) -> None:
         """Forget the model: no hook is left on it, and axes are named by rank again."""
-        self._slots, self._readings, self._units = {}, {}, None
         self._taps.close()
+        self._slots, self._readings, self._units, self._taps = {}, {}, None, Taps()
 
     def _all_units(self) -> list[Unit]:
         tables = self._tables()
@@ -368,6 +368,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         finally:
             handle.remove()
         self._restore(loaded)
+        self._all_units()
+        self._expect()
 
     def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
         mine = [parameter for group in self.param_groups for parameter in group["params"]]

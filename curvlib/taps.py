@@ -52,7 +52,7 @@ class Ear:
         sums: what has been heard since the last step.
         spare: the memory of earlier sums.
         ever: whether anything was ever heard.
-        passes: how many backward passes were heard.
+        step: steps that its parameters have taken; it decides which examples thinning leaves.
     """
 
     unit: Unit
@@ -65,7 +65,7 @@ class Ear:
     sums: Sums | None = None
     spare: Sums | None = None
     ever: bool = False
-    passes: int = 0
+    step: int = 0
 
     def trains(self) -> bool:
         """Whether any of its parameters wants a gradient."""
@@ -73,12 +73,13 @@ class Ear:
 
     def empty(self) -> Sums:
         """Sums of nothing, where those of the last step were."""
-        if self.spare is not None:
-            sums, self.spare = self.spare, None
-            sums.clear_()
-            return sums
-        lead = self.unit.lead
-        return self.block.sums(self.recipe.moment.dtype_for(lead.dtype), lead.device)
+        lead, sums = self.unit.lead, self.spare
+        dtype = self.recipe.moment.dtype_for(lead.dtype)
+        self.spare = None
+        if sums is None or any((one.dtype, one.device) != (dtype, lead.device) for one in sums.tensors.values()):
+            return self.block.sums(dtype, lead.device)
+        sums.clear_()
+        return sums
 
     def drop(self) -> None:
         """Forget what was heard, but keep its memory."""
@@ -93,7 +94,8 @@ class Ear:
             repeated: the same inputs were summed up before, with another seed.
         """
         moment = self.recipe.moment
-        for signals in self.waiting.values():
+        waiting, self.waiting = self.waiting, {}
+        for signals in waiting.values():
             if self.sums is None:
                 self.sums = self.empty()
             sums = self.sums
@@ -108,16 +110,14 @@ class Ear:
             if not repeated:
                 sums.examples = sums.examples + _examples(together[0])
             over_positions = moment.of == "signals" and moment.sharing == "expand"
-            together = [one.thinned(moment.subsample, self.passes, over_positions) for one in together]
+            together = [one.thinned(moment.subsample, self.step, over_positions) for one in together]
             if repeated:
                 rest = {name: value for name, value in sums.tensors.items() if name not in sums.of_input}
                 self.block.collect(replace(sums, tensors=rest), together, self.recipe)
             else:
                 sums.places = sums.places + (_places(together[0]) if over_positions else _examples(together[0]))
                 self.block.collect(sums, together, self.recipe)
-            self.passes += not repeated
             self.ever = True
-        self.waiting = {}
 
 
 def _by_sources(signals: Sequence[Signal]) -> Iterator[list[Signal]]:
@@ -139,6 +139,14 @@ def _places(signal: Signal) -> float | Tensor:
     return (signal.weight > 0).sum().to(torch.float64)
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What was told of a forward pass: its examples, and a mask ``[examples, ...]`` of what is no padding."""
+
+    examples: int
+    mask: Tensor | None
+
+
 class Taps:
     """The hooks of one optimizer on one model."""
 
@@ -148,7 +156,8 @@ class Taps:
         self._handles: dict[nn.Module, Any] = {}
         self._edges: list[GradientEdge] = []
         self._batches: dict[int, tuple[int, str]] = {}
-        self._declared: tuple[int, Tensor | None] | None = None
+        self._declared: dict[int, Declared] = {}
+        self._forward = 0  # how many forward passes were observed
         self._seed: int | None = None  # the number of the seed that is pulled back now
         self._labels = "data"  # whose gradients are coming
         self._paused = False
@@ -185,7 +194,7 @@ class Taps:
         """Take all hooks off."""
         for handle in self._handles.values():
             handle.remove()
-        self.__init__()  # type: ignore[misc]
+        self._handles, self._layers, self.ears = {}, {}, {}
 
     @property
     def pausing(self) -> bool:
@@ -211,10 +220,10 @@ class Taps:
         finally:
             self._paused = before
 
-    def expect(self, due: Mapping[Tensor, bool]) -> None:
-        """Say whose statistics are due at the next step, by lead parameter."""
+    def expect(self, due: Mapping[Tensor, tuple[int, bool]]) -> None:
+        """Say how many steps each lead parameter has taken, and whether its statistics are due at the next."""
         for lead, ear in self.ears.items():
-            ear.due = due.get(lead, True)
+            ear.step, ear.due = due.get(lead, (0, True))
 
     # -- what is heard ------------------------------------------------------------------------------------------------
 
@@ -229,17 +238,19 @@ class Taps:
                 ear.calls += 1
             if any(ear.recipe.moment.labels != "data" for ear in ears):
                 self._edges.append(get_gradient_edge(output))
+        # What is computed again in a backward pass belongs to the forward pass that was observed before it.
+        forward = self._forward if born == FORWARD else self._forward - 1
         saved, taps = save(value), weakref.ref(self)
 
         def hear(delta: Tensor) -> None:
             mine = taps()
             if mine is not None and not mine._paused:
-                mine._hear(module, saved, born, delta)
+                mine._hear(module, saved, born, delta, mine._declared.get(forward))
 
         output.register_hook(hear)
 
     @torch.no_grad()
-    def _hear(self, module: nn.Module, saved: Any, born: int, delta: Tensor) -> None:
+    def _hear(self, module: nn.Module, saved: Any, born: int, delta: Tensor, told: Declared | None) -> None:
         seeded = self._seed is not None
         number = graph_task() if born == FORWARD else born
         self._begin(number)
@@ -247,14 +258,14 @@ class Taps:
             if not ear.due or ear.recipe.moment.labels != self._labels:
                 continue
             with full_precision():
-                signal = self._signal(ear, reading, saved.saved_tensors[0], delta, number)
+                signal = self._signal(ear, reading, saved.saved_tensors[0], delta, number, told)
                 ear.waiting.setdefault(number, []).append(signal)
                 heard = len(ear.waiting[number])
                 if born == FORWARD and heard >= ear.calls:
                     ear.take(bool(self._seed))
                     ear.calls = ear.calls if seeded else 0
-        if self.count_always and not seeded and number not in self._batches:
-            self._count(number, delta.shape[0] if self._declared is None else self._declared[0], "")
+        if self.count_always and not seeded:
+            self._count(number, delta.shape[0] if told is None else told.examples, "")
 
     def _begin(self, number: int) -> None:
         """What comes after ``zero_grad`` replaces what came before."""
@@ -268,9 +279,11 @@ class Taps:
     def _count(self, number: int, examples: int, name: str) -> None:
         if number not in self._batches:
             self._batches[number] = (examples, name)
-            self.examples = self.examples + examples
+            self.examples = self.examples + (examples if self._seed is None else 0)
 
-    def _signal(self, ear: Ear, reading: Reading, value: Tensor, delta: Tensor, number: int) -> Signal:
+    def _signal(
+        self, ear: Ear, reading: Reading, value: Tensor, delta: Tensor, number: int, told: Declared | None
+    ) -> Signal:
         """The signal of one call, in the axes of its unit."""
         operand, tap = ear.unit.operand, reading.tap
         sources = operand.named(reading.sources)
@@ -285,7 +298,7 @@ class Taps:
                 )
         except (ValueError, RuntimeError) as error:
             raise TapError(f"layer {reading.name} ({type(reading.module).__name__}) {error}") from error
-        examples = self._batch(reading.name, out.shape[0], number)
+        examples = self._batch(reading.name, out.shape[0], number, told)
         constant: float | None = None
         if isinstance(given, Tensor):
             given = given.reshape(*given.shape[:2], *(operand.sizes[axis] for axis in sources[1]))
@@ -296,12 +309,12 @@ class Taps:
         signal = Signal(out, axes[0], given, axes[1] if len(axes) > 1 else (), constant=constant)
         if examples != out.shape[0]:
             signal = signal._map(lambda one: one.unflatten(0, (examples, -1)).flatten(1, 2))
-        return replace(signal, weight=self._weight(reading.name, signal))
+        return signal if told is None else replace(signal, weight=_weight(reading.name, signal, told.mask))
 
-    def _batch(self, name: str, n: int, number: int) -> int:
+    def _batch(self, name: str, n: int, number: int, told: Declared | None) -> int:
         """The examples behind a call; a layer may have folded positions into them."""
-        if self._declared is not None:
-            examples = self._declared[0]
+        if told is not None:
+            examples = told.examples
             if examples < 1 or n % examples:
                 raise TapError(
                     f"layer {name} has a batch of {n}, which is no multiple of the {examples} examples observed"
@@ -317,25 +330,12 @@ class Taps:
             )
         return n
 
-    def _weight(self, name: str, signal: Signal) -> Tensor | None:
-        mask = None if self._declared is None else self._declared[1]
-        if mask is None:
-            return None
-        n, t = signal.delta.shape[:2]
-        if mask.ndim == 1:
-            return mask[:, None].expand(n, t)
-        mask = mask.flatten(1)
-        if mask.shape[1] == t:
-            return mask
-        if t == 1:
-            return mask.any(1, keepdim=True)
-        raise TapError(f"the mask has {mask.shape[1]} positions, layer {name} has {t}; route it to a gradient's moment")
-
     # -- observing ----------------------------------------------------------------------------------------------------
 
     def declare(self, outputs: Tensor, mask: Tensor | None) -> None:
-        """Tell the examples of the next backward pass, and which of their positions count."""
-        self._declared = (outputs.shape[0], mask)
+        """Tell the examples of the last forward pass, and which of their positions count."""
+        self._declared[self._forward] = Declared(outputs.shape[0], mask)
+        self._forward += 1
 
     def asks(self, labels: str) -> bool:
         """Whether statistics of such labels are due."""
@@ -389,7 +389,7 @@ class Taps:
     def settle(self) -> None:
         """A step is over: drop everything."""
         self.forget()
-        self._edges, self._declared = [], None
+        self._edges, self._declared = [], {}
         for ear in self.ears.values():
             ear.calls = 0
 
@@ -416,6 +416,21 @@ class Taps:
         if missing and (len(missing) == len(mine) or any(not ear.ever for ear in mine if ear.sums is None)):
             raise TapError(_unheard(missing))
         return {ear.unit: ear.sums for ear in mine if ear.sums is not None}
+
+
+def _weight(name: str, signal: Signal, mask: Tensor | None) -> Tensor | None:
+    """Which positions of a signal count."""
+    if mask is None:
+        return None
+    n, t = signal.delta.shape[:2]
+    if mask.ndim == 1:
+        return mask[:, None].expand(n, t)
+    mask = mask.flatten(1)
+    if mask.shape[1] == t:
+        return mask
+    if t == 1:
+        return mask.any(1, keepdim=True)
+    raise TapError(f"the mask has {mask.shape[1]} positions, layer {name} has {t}; route it to a gradient's moment")
 
 
 def _own_bias(module: nn.Module) -> Tensor | None:

@@ -151,6 +151,33 @@ def test_a_mask_that_does_not_fit_is_an_error():
         optimizer.observe(model(batch()[0]), "categorical", mask=torch.ones(8, dtype=F64))
 
 
+def test_what_is_told_of_one_forward_pass_is_not_taken_for_the_next():
+    x, y = batch(12)
+    model = Net()
+    optimizer = CurvatureOptimizer(model, kronecker(SAMPLES), lr=0.0)
+    for number, (some, wanted) in enumerate(zip(x.split([4, 8]), y.split([4, 8]), strict=True)):
+        logits = model(some)
+        if number == 0:
+            optimizer.observe(logits)
+        (F.cross_entropy(logits, wanted, reduction="sum") / 12).backward()
+    optimizer.step()
+    assert_same(optimizer, run(Net(), SAMPLES, (x, y)))
+
+
+@pytest.mark.parametrize("labels", ["sampled", "exact"])
+def test_pulled_labels_are_no_examples_of_a_sum(labels):
+    models = [Net(), Net()]
+    x, y = batch()
+    for model, reduction in zip(models, ["mean", "sum"], strict=True):
+        optimizer = CurvatureOptimizer(model, kronecker(labels=labels), lr=0.1, reduction=reduction)
+        logits = model(x)
+        optimizer.observe(logits, "categorical")
+        F.cross_entropy(logits, y, reduction=reduction).backward()
+        optimizer.step()
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_thinning_takes_every_second_and_scales_up():
     x, y = batch()
     thin = run(Net(), SAMPLES, (x, y), subsample=2)

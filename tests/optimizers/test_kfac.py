@@ -295,18 +295,20 @@ def test_the_scale_of_factors_does_not_depend_on_how_often_examples_are_repeated
 
 
 @pytest.mark.parametrize("labels", ["data", "sampled", "exact"])
-def test_resumed_is_uninterrupted(labels):
+@pytest.mark.parametrize(("every", "subsample", "stop"), [(1, 1, 4), (2, 3, 3), (3, 2, 2)])
+def test_resumed_is_uninterrupted(labels, every, subsample, stop):
     data = batches(7)
+    settings_ = dict(labels=labels, refresh_every=2, statistics_every=every, subsample=subsample)
     whole = perceptron(4, 5, 3)
-    train(whole, KFAC(whole, labels=labels, refresh_every=2), data, labels)
+    train(whole, KFAC(whole, **settings_), data, labels)
     model = perceptron(4, 5, 3)
-    optimizer = KFAC(model, labels=labels, refresh_every=2)
-    train(model, optimizer, data[:4], labels)
+    optimizer = KFAC(model, **settings_)
+    train(model, optimizer, data[:stop], labels)
     again = perceptron(4, 5, 3)
     again.load_state_dict(model.state_dict())
-    resumed = KFAC(again, labels=labels, refresh_every=2)
+    resumed = KFAC(again, **settings_)
     resumed.load_state_dict(optimizer.state_dict())
-    train(again, resumed, data[4:], labels)
+    train(again, resumed, data[stop:], labels)
     for one, two in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
 
