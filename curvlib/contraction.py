@@ -166,25 +166,30 @@ def add_samples(targets: Sequence[Target], layout: Layout, signals: Sequence[Sig
             _add_gram(target.sum, block.movedim(2 + target.number, 1).flatten(2).mT, gain / region.ties)
 
 
-def _add_gram(total: Tensor, rows: Tensor, gain: float) -> None:
-    """Add the Gram matrices of ``[B, rows, f]``, or their diagonals."""
+def _add_gram(total: Tensor, rows: Tensor, gain: float, keep: float = 1.0) -> None:
+    """Add the Gram matrices of ``[B, rows, f]``, or their diagonals, to ``keep`` times what is there."""
     if total.ndim == 2:
-        total.add_(rows.square().sum(1), alpha=gain)
+        _kept(total, keep).add_(rows.square().sum(1), alpha=gain)
     elif total.shape[0] == 1:
-        _add_one_gram(total[0], rows[0], gain)
+        _add_one_gram(total[0], rows[0], gain, keep)
     else:
-        total.baddbmm_(rows.mT, rows, alpha=gain)
+        total.baddbmm_(rows.mT, rows, beta=keep, alpha=gain)
 
 
-def _add_one_gram(total: Tensor, rows: Tensor, gain: float) -> None:
+def _kept(total: Tensor, keep: float) -> Tensor:
+    """What is there, or zero even where it is not finite."""
+    return total if keep == 1.0 else total.zero_()
+
+
+def _add_one_gram(total: Tensor, rows: Tensor, gain: float, keep: float = 1.0) -> None:
     """Add a Gram matrix panel by panel: what lies below the diagonal is copied, not computed."""
     size = total.shape[0]
     if size < 2 * _PANEL or total.device.type != "cpu":
-        total.addmm_(rows.mT, rows, alpha=gain)
+        total.addmm_(rows.mT, rows, beta=keep, alpha=gain)
         return
     for first in range(0, size, _PANEL):
         last = min(size, first + _PANEL)
-        total[first:last, first:].addmm_(rows[:, first:last].mT, rows[:, first:], alpha=gain)
+        total[first:last, first:].addmm_(rows[:, first:last].mT, rows[:, first:], beta=keep, alpha=gain)
         total[last:, first:last].copy_(total[first:last, last:].mT)
 
 
@@ -319,7 +324,9 @@ def independent_places(layout: Layout) -> list[list[Place]]:
     return places
 
 
-def add_independent(total: Tensor, place: Place, layout: Layout, signal: Signal, reduce: bool) -> None:
+def add_independent(
+    total: Tensor, place: Place, layout: Layout, signal: Signal, reduce: bool, fresh: bool = False
+) -> None:
     """Add Σ of the second moments of one signal to a factor.
 
     Args:
@@ -328,14 +335,17 @@ def add_independent(total: Tensor, place: Place, layout: Layout, signal: Signal,
         layout: its layout.
         signal: in the dtype of ``total``.
         reduce: sum δ and average a over positions first (KFAC-reduce), instead of taking positions one by one (expand).
+        fresh: what is in ``total`` does not count.
     """
     region = layout.regions[place.region]
+    keep = 0.0 if fresh else 1.0
     if place.source == 1 and isinstance(signal.input, Index) and not reduce and total.ndim == 2:
-        _add_counts(total, place, layout, signal)
+        _add_counts(_kept(total, keep), place, layout, signal)
         return
     for (part,) in slices([signal], _densest([signal])):
         if place.source == 1 and part.constant is not None and not reduce and _whole(layout, region, part.input_axes):
-            _add_joined_gram(total[0], part)
+            _add_joined_gram(total[0], part, keep)
+            keep = 1.0
             continue
         value, axes = (part.delta, part.delta_axes) if place.source == 0 else _input(part)[0]
         if reduce and part.positions > 1:
@@ -348,7 +358,8 @@ def add_independent(total: Tensor, place: Place, layout: Layout, signal: Signal,
         order = [here.index(name) for name in own + _EXAMPLE + _HERE + tied + given.factors[place.number]]
         rows = block.permute(order).reshape(total.shape[0], -1, total.shape[-1])
         ties = math.prod(block.shape[here.index(name)] for name in tied)
-        _add_gram(total, rows, (part.gain if place.source == 0 else 1.0) / ties)
+        _add_gram(total, rows, (part.gain if place.source == 0 else 1.0) / ties, keep)
+        keep = 1.0
 
 
 def _whole(layout: Layout, region: Region, axes: tuple[str, ...]) -> bool:
@@ -360,13 +371,15 @@ def _whole(layout: Layout, region: Region, axes: tuple[str, ...]) -> bool:
     return not split and size == full and len(axes) == 1
 
 
-def _add_joined_gram(total: Tensor, signal: Signal) -> None:
+def _add_joined_gram(total: Tensor, signal: Signal, keep: float) -> None:
     """Add the Gram matrix of inputs and their constant entry, without writing that one out."""
     assert isinstance(signal.input, Tensor)
     assert signal.constant is not None
     rows = signal.input.flatten(0, 1)
-    _add_one_gram(total[:-1, :-1], rows, 1.0)
+    _add_one_gram(total[:-1, :-1], rows, 1.0, keep)
     border = rows.mT @ rows.new_full((rows.shape[0],), signal.constant)
+    _kept(total[-1], keep)
+    _kept(total[:-1, -1], keep)
     total[-1, :-1].add_(border)
     total[:-1, -1].add_(border)
     total[-1, -1].add_(rows.shape[0] * signal.constant**2)

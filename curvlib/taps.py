@@ -78,7 +78,7 @@ class Ear:
         self.spare = None
         if sums is None or any((one.dtype, one.device) != (dtype, lead.device) for one in sums.tensors.values()):
             return self.block.sums(dtype, lead.device)
-        sums.clear_()
+        sums.renew_()
         return sums
 
     def drop(self) -> None:

@@ -90,20 +90,26 @@ def test_signals_that_are_not_finite_are_reported_by_name_and_harm_nothing():
     model = Net()
     optimizer = CurvatureOptimizer(model, kronecker(labels="exact"), lr=0.1)
     x, y = batch()
-    for poison in (1.0, 1e200):
+
+    def backward():
+        optimizer.zero_grad()
         logits = model(x)
-        optimizer.observe(logits, "gaussian", scale=poison**2 if poison == 1.0 else 1e305)
+        optimizer.observe(logits, "gaussian")
         F.cross_entropy(logits, y).backward()
-        before = statistics(optimizer)
-        if poison == 1.0:
-            optimizer.step()
-            continue
-        with torch.no_grad():
-            for ear in optimizer._taps.ears.values():
-                next(iter(ear.sums.tensors.values())).fill_(float("nan"))
-        with pytest.raises(NonFiniteGradient, match=r"the signals of stages\.0\.0\.weight"):
-            optimizer.step()
-        assert_same(statistics(optimizer), before)
+
+    backward()
+    optimizer.step()
+    before = statistics(optimizer)
+    backward()
+    for ear in optimizer._taps.ears.values():
+        for value in ear.sums.tensors.values():
+            value.fill_(float("nan"))
+    with pytest.raises(NonFiniteGradient, match=r"the signals of stages\.0\.0\.weight"):
+        optimizer.step()
+    assert_same(statistics(optimizer), before)
+    backward()
+    optimizer.step()
+    assert all(value.isfinite().all() for value in statistics(optimizer).values())
 
 
 # -- padding and thinning ---------------------------------------------------------------------------------------------

@@ -60,12 +60,14 @@ class Sums:
     Attributes:
         tensors: statistic -> the sum of second moments over examples, ``[*spec.shape]``.
         of_input: those that are of inputs alone.
+        fresh: whether the tensors still hold what is of no use any more.
         examples: how many examples.
         places: how many input vectors the statistics of inputs sum over.
     """
 
     tensors: dict[str, Tensor]
     of_input: frozenset[str]
+    fresh: bool = False
     examples: float | Tensor = 0.0
     places: float | Tensor = 0.0
 
@@ -79,10 +81,17 @@ class Sums:
             name: (value, 1 / self.places if name in self.of_input else scale) for name, value in self.tensors.items()
         }
 
-    def clear_(self) -> None:
+    def renew_(self) -> None:
         """Start anew, in the same memory."""
-        torch._foreach_zero_(list(self.tensors.values()))
+        self.fresh = True
         self.examples = self.places = 0.0
+
+    def zeroed_(self) -> dict[str, Tensor]:
+        """The tensors, zero where nothing has been added yet."""
+        if self.fresh:
+            torch._foreach_zero_(list(self.tensors.values()))
+            self.fresh = False
+        return self.tensors
 
 
 Means = Mapping[str, tuple[Tensor, Weight]]
@@ -137,7 +146,7 @@ class Block:
             signals: of the same examples; their gradients add up.
             recipe: the numbers of this step.
         """
-        state = {name: value[None] for name, value in sums.tensors.items()}
+        state = {name: value[None] for name, value in sums.zeroed_().items()}
         for part in slices(signals, math.prod(self.layout.shape)):
             for gradient in gradients(part, self.layout).split(1):
                 self.update(state, gradient, 1.0, part[0].gain)

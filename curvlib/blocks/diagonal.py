@@ -58,7 +58,7 @@ class DiagonalBlock(Block):
 
     def collect(self, sums: Sums, signals: Sequence[Signal], recipe: Recipe) -> None:
         """Add the squares of single examples' gradients, or of a bias' output gradients."""
-        total = sums.tensors["moment"]
+        total = sums.zeroed_()["moment"]
         if not total.numel():
             return
         flat = total.new_zeros(1, total.numel())

@@ -75,15 +75,18 @@ class StandardBlock(Block):
     def collect(self, sums: Sums, signals: Sequence[Signal], recipe: Recipe) -> None:
         """Add the generated second moments of single examples' gradients, or of the signals by themselves."""
         if recipe.moment.of == "samples":
+            tensors = sums.zeroed_()
             targets = [
-                Target(place.region, place.number, sums.tensors[f"factor_{place.name}"]) for _, place in self._stored()
+                Target(place.region, place.number, tensors[f"factor_{place.name}"]) for _, place in self._stored()
             ]
             add_samples(targets, self.layout, signals)
             return
+        reduce, fresh = recipe.moment.sharing == "reduce", sums.fresh
         for _, place in self._stored():
             if f"factor_{place.name}" in sums.tensors:
                 total = sums.tensors[f"factor_{place.name}"]
-                add_independent(total, place, self.layout, signals[0], recipe.moment.sharing == "reduce")
+                add_independent(total, place, self.layout, signals[0], reduce, fresh)
+        sums.fresh = False
 
     def _prepared(
         self, state: State, index: int, recipe: Recipe, scale: float, exponent: float
