@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -67,6 +68,19 @@ class Listening:
                 "optimizer.loss_scale = scaler.get_scale once"
             )
         return reduction if scale is not None else reduction * given
+
+    def _mute(self) -> None:
+        """Route what turned out to be shared by all examples to the moments of gradients, and say so."""
+        shared, self._taps.shared = self._taps.shared, {}
+        for lead, reason in shared.items():
+            if self.state.get(lead):
+                raise TapError(
+                    f"{self._slots[lead].name}: {reason}, though it was heard before; route it to a recipe with of='gradient'"
+                )
+            self._slots[lead] = replace(self._slots[lead], silent=reason)
+        if shared:
+            self._units = None
+            self._all_units()
 
     def _heard(self, active: Sequence[Unit], settings: Sequence[Mapping[str, Any]]) -> dict[Unit, Means]:
         """What was heard, as means over examples of the second moments of their gradients."""

@@ -224,6 +224,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             self._masked["the scaled gradients"] = self._masked.get("the scaled gradients", torch.tensor(0)) + 1
             self._taps.settle()
             return loss
+        self._mute()
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
         heard = self._heard(active, settings)
@@ -339,6 +340,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         return count
 
     def _warm(self, number: int) -> None:
+        self._mute()
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
         heard = self._heard(active, settings)

@@ -163,6 +163,7 @@ class Taps:
         self._paused = False
         self._stale = False
         self.observed = 0  # how often since the last step
+        self.shared: dict[Tensor, str] = {}  # leads whose layers see no single examples, and why
         self.count_always = False
         self.examples: float | Tensor = 0.0
 
@@ -259,6 +260,8 @@ class Taps:
                 continue
             with full_precision():
                 signal = self._signal(ear, reading, saved.saved_tensors[0], delta, number, told)
+                if signal is None:
+                    continue
                 ear.waiting.setdefault(number, []).append(signal)
                 heard = len(ear.waiting[number])
                 if born == FORWARD and heard >= ear.calls:
@@ -283,8 +286,8 @@ class Taps:
 
     def _signal(
         self, ear: Ear, reading: Reading, value: Tensor, delta: Tensor, number: int, told: Declared | None
-    ) -> Signal:
-        """The signal of one call, in the axes of its unit."""
+    ) -> Signal | None:
+        """The signal of one call, in the axes of its unit; none of what all examples share."""
         operand, tap = ear.unit.operand, reading.tap
         sources = operand.named(reading.sources)
         try:
@@ -298,7 +301,12 @@ class Taps:
                 )
         except (ValueError, RuntimeError) as error:
             raise TapError(f"layer {reading.name} ({type(reading.module).__name__}) {error}") from error
-        examples = self._batch(reading.name, out.shape[0], number, told)
+        chosen = isinstance(given, Index) and value.ndim <= 1
+        examples = self._batch(reading.name, out.shape[0], number, told, chosen)
+        if examples is None:
+            first, _ = self._batches[number]
+            self.shared[ear.unit.lead] = f"{reading.name} is called with a batch of {out.shape[0]} for {first} examples"
+            return None
         constant: float | None = None
         if isinstance(given, Tensor):
             given = given.reshape(*given.shape[:2], *(operand.sizes[axis] for axis in sources[1]))
@@ -311,24 +319,35 @@ class Taps:
             signal = signal._map(lambda one: one.unflatten(0, (examples, -1)).flatten(1, 2))
         return signal if told is None else replace(signal, weight=_weight(reading.name, signal, told.mask))
 
-    def _batch(self, name: str, n: int, number: int, told: Declared | None) -> int:
-        """The examples behind a call; a layer may have folded positions into them."""
-        if told is not None:
-            examples = told.examples
-            if examples < 1 or n % examples:
-                raise TapError(
-                    f"layer {name} has a batch of {n}, which is no multiple of the {examples} examples observed"
-                )
-            self._count(number, examples, name)
-            return examples
-        self._count(number, n, name)
+    def _batch(self, name: str, n: int, number: int, told: Declared | None, chosen: bool) -> int | None:
+        """The examples behind a call, of which a layer may hold several rows each.
+
+        ``None`` where the layer sees what all examples share, such as the positions of a sequence.
+
+        Args:
+            name: the layer's.
+            n: its batch.
+            number: of the backward pass.
+            told: what was observed.
+            chosen: whether it sees a list of indices without another dimension, which are rows of no example.
+
+        Raises:
+            TapError: where it can't be told.
+        """
+        self._count(number, n if told is None else told.examples, name)
         first, other = self._batches[number]
-        if first != n:
+        if n == first:
+            return n
+        if chosen or (n % max(1, first) and first % max(1, n)):
+            return None
+        if told is None or n < first:
+            whose = f"layer {other} one" if told is None else "the outputs one"
             raise TapError(
-                f"layer {name} has a batch of {n}, layer {other} one of {first}: call optimizer.observe(outputs) before "
-                "backward, whose first dimension tells the examples; a layer may then hold several rows of each"
+                f"layer {name} has a batch of {n}, {whose} of {first}: call optimizer.observe(outputs) before backward, "
+                "whose first dimension tells the examples; a layer may then hold several rows of each, but not one row of "
+                "several"
             )
-        return n
+        return first
 
     # -- observing ----------------------------------------------------------------------------------------------------
 

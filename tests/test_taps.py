@@ -227,9 +227,10 @@ def test_several_calls_of_a_layer_add_up_before_the_outer_product():
     torch.testing.assert_close(optimizer.curvature(model.layer), rows.T @ rows / 8, rtol=1e-10, atol=1e-12)
 
 
-def test_calls_with_different_batches_are_an_error_by_name():
-    with pytest.raises(TapError, match=r"layer layer has a batch of 3, layer head one of 8"):
-        full(Twice(slice(0, 3)), *batch(), join_bias=True)
+def test_calls_with_different_batches_have_the_moment_of_gradients():
+    with pytest.warns(TapWarning, match=r"layer\.weight: layer is called with a batch of 3 for 8 examples"):
+        optimizer = full(Twice(slice(0, 3)), *batch(), join_bias=True)
+    assert "on the batch gradient" in optimizer.routing()["layer.weight"]
 
 
 class Tied(nn.Module):
@@ -286,6 +287,47 @@ def test_rows_folded_into_the_batch_are_told_by_observing():
     optimizer.step()
     rows = example_gradients(optimizer, model, x, y, [model.inner.weight, model.inner.bias])
     torch.testing.assert_close(optimizer.curvature(model.inner), rows.T @ rows / 8, rtol=1e-10, atol=1e-12)
+
+
+class Positions(nn.Module):
+    """Tokens and positions; these are the same for all examples."""
+
+    def __init__(self, length=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.positions = nn.Embedding(5, 4).double(), nn.Embedding(length, 4).double()
+        self.head = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.tokens(x) + self.positions(torch.arange(x.shape[1])))).mean(1)
+
+
+def three_steps(model, optimizer, x, y, observe):
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits = model(x)
+        if observe:
+            optimizer.observe(logits)
+        F.cross_entropy(logits, y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("n", [4, 3, 12])
+@pytest.mark.parametrize("observe", [False, True])
+def test_what_all_examples_share_has_the_moment_of_gradients(n, observe):
+    model = Positions()
+    optimizer = curvlib.KFAC(model, 0.1)
+    x, y = torch.randint(0, 5, (n, 6)), torch.randint(0, 3, (n,))
+    with pytest.warns(
+        TapWarning, match=rf"positions\.weight: positions is called with a batch of 6 for {n} examples"
+    ) as caught:
+        three_steps(model, optimizer, x, y, observe)
+    assert len(caught) == 1
+    assert "on the batch gradient" in optimizer.routing()["positions.weight"]
+    assert "on the batch gradient" not in optimizer.routing()["tokens.weight"]
+    model.positions.weight.grad = None
+    again = copy.deepcopy(optimizer)
+    assert "on the batch gradient" in again.routing()["positions.weight"]
 
 
 # -- what can't be heard ----------------------------------------------------------------------------------------------
