@@ -1,5 +1,6 @@
 """curvlib: second-order optimizers as configurations of one batched preconditioning engine."""
 
+from .ears import TapError, TapWarning
 from .health import Health, NonFiniteGradient
 from .labels import sample_labels
 from .layers import LayerKind, Slot, register_layer
@@ -10,7 +11,6 @@ from .preconditioner import Preconditioner
 from .recipe import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
 from .routing import Route
 from .signals import Signal, Tap
-from .taps import TapError, TapWarning
 
 __version__ = "0.1.0"
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from . import engine
 from .blocks import Means, Sums
 from .checks import check_choice, check_number
+from .ears import TapError, TapWarning
 from .labels import LIKELIHOODS, Likelihood, seeds
 from .layers import Reading, Slot
 from .quadratic import Linearised, Minimum, adapted, linearise, minimise
 from .recipe import Quadratic, Recipe
 from .routing import Table
-from .taps import TapError, Taps, TapWarning
+from .taps import Taps
 from .units import Unit
 
 

@@ -10,133 +10,23 @@ What is heard is dropped like gradients: what comes after ``zero_grad`` replaces
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .blocks import Block, Sums, block_for
+from .blocks import Sums, block_for
+from .ears import Ear, TapError
 from .hooks import FORWARD, Hook, graph_task, save
 from .layers import Reading
 from .precision import full_precision
 from .recipe import Recipe
-from .signals import Index, Signal, joined
+from .signals import Index, Signal
 from .units import Unit
-
-
-class TapError(RuntimeError):
-    """A layer could not be heard, or not be understood; names it and the way out."""
-
-
-class TapWarning(UserWarning):
-    """Parameters whose layers can't be heard have moments of the batch gradient instead."""
-
-
-@dataclass(eq=False)
-class Ear:
-    """One listening unit.
-
-    Attributes:
-        unit: whose layers are heard.
-        recipe: what it is routed to.
-        block: its structure.
-        readings: the layers that speak of it.
-        due: whether statistics are due.
-        calls: calls of its layers that have not been heard yet.
-        waiting: signals of calls, by backward pass, until all calls have been heard.
-        sums: what has been heard since the last step.
-        spare: the memory of earlier sums.
-        ever: whether anything was ever heard.
-        step: steps that its parameters have taken; it decides which examples thinning leaves.
-    """
-
-    unit: Unit
-    recipe: Recipe
-    block: Block
-    readings: Sequence[Reading]
-    due: bool = True
-    calls: int = 0
-    waiting: dict[int, list[Signal]] = field(default_factory=dict)
-    sums: Sums | None = None
-    spare: Sums | None = None
-    ever: bool = False
-    step: int = 0
-
-    def trains(self) -> bool:
-        """Whether any of its parameters wants a gradient."""
-        return any(parameter.requires_grad for parameter in self.unit.operand.parameters)
-
-    def empty(self) -> Sums:
-        """Sums of nothing, where those of the last step were."""
-        lead, sums = self.unit.lead, self.spare
-        dtype = self.recipe.moment.dtype_for(lead.dtype)
-        self.spare = None
-        if sums is None or any((one.dtype, one.device) != (dtype, lead.device) for one in sums.tensors.values()):
-            return self.block.sums(dtype, lead.device)
-        sums.renew_()
-        return sums
-
-    def drop(self) -> None:
-        """Forget what was heard, but keep its memory."""
-        if self.sums is not None:
-            self.spare, self.sums = self.sums, None
-        self.waiting = {}
-
-    def take(self, repeated: bool) -> None:
-        """Sum up what is waiting, one backward pass after another.
-
-        Args:
-            repeated: the same inputs were summed up before, with another seed.
-        """
-        moment = self.recipe.moment
-        waiting, self.waiting = self.waiting, {}
-        for signals in waiting.values():
-            if self.sums is None:
-                self.sums = self.empty()
-            sums = self.sums
-            dtype = moment.dtype_for(self.unit.lead.dtype)
-            try:
-                together = [joined(same).cast(dtype) for same in _by_sources(signals)]
-            except ValueError as error:
-                raise TapError(
-                    f"the layer of {self.unit.name} {error}; its calls can't be paired by example. Route this parameter "
-                    "to a recipe with of='gradient'"
-                ) from None
-            if not repeated:
-                sums.examples = sums.examples + _examples(together[0])
-            over_positions = moment.of == "signals" and moment.sharing == "expand"
-            together = [one.thinned(moment.subsample, self.step, over_positions) for one in together]
-            if repeated:
-                rest = {name: value for name, value in sums.tensors.items() if name not in sums.of_input}
-                self.block.collect(replace(sums, tensors=rest), together, self.recipe)
-            else:
-                sums.places = sums.places + (_places(together[0]) if over_positions else _examples(together[0]))
-                self.block.collect(sums, together, self.recipe)
-            self.ever = True
-
-
-def _by_sources(signals: Sequence[Signal]) -> Iterator[list[Signal]]:
-    groups: dict[tuple[tuple[str, ...], ...], list[Signal]] = defaultdict(list)
-    for signal in signals:
-        groups[signal.delta_axes, signal.input_axes].append(signal)
-    return iter(groups.values())
-
-
-def _examples(signal: Signal) -> float | Tensor:
-    if signal.weight is None:
-        return float(signal.delta.shape[0])
-    return (signal.weight > 0).any(1).sum().to(torch.float64)
-
-
-def _places(signal: Signal) -> float | Tensor:
-    if signal.weight is None:
-        return float(signal.delta.shape[0] * signal.delta.shape[1])
-    return (signal.weight > 0).sum().to(torch.float64)
 
 
 @dataclass(frozen=True)
