@@ -1,7 +1,9 @@
-"""What went wrong, by name: non-finite gradients, roots that were kept, residuals of the last solves."""
+"""What the caller should know, by name: non-finite gradients, roots that were kept, residuals of the last solves."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -109,3 +111,11 @@ def health_of(buckets: Iterable[Bucket], masked: Mapping[str, Tensor]) -> Health
         {name: count for name, count in kept.items() if count},
         {name: count for name, count in counts.items() if count},
     )
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the caller's own code: the nearest that is neither ours nor torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvlib", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, level)

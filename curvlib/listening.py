@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from . import engine
 from .blocks import Means, Sums
 from .checks import check_choice, check_number
 from .ears import TapError, TapWarning
+from .health import warn
 from .labels import LIKELIHOODS, Likelihood, seeds
 from .layers import Reading, Slot
 from .quadratic import Linearised, Minimum, adapted, linearise, minimise
@@ -56,9 +56,7 @@ class Listening:
             self._told |= set(silent)
             listed = "; ".join(f"{name}: {reason}" for name, reason in silent.items())
             hint = "" if self._slots else ". Give the model, as in KFAC(model), or call attach(model)"
-            warnings.warn(
-                f"moments of the batch gradient are used where layers can't be heard: {listed}{hint}", TapWarning, 3
-            )
+            warn(f"moments of the batch gradient are used where layers can't be heard: {listed}{hint}", TapWarning)
 
     def _signal_factor(self, reduction: float | Tensor, scale: float | Tensor | None) -> float | Tensor:
         """What the output gradients are divided by, so that they are of the mean loss."""

@@ -26,7 +26,7 @@ from .taps import Taps
 from .units import Unit, build_units
 
 Tables = Callable[..., Table]
-_OWN = ("_recipe", "_settings", "_schedules", "_steps", "_slots", "_masked")
+_OWN = ("_recipe", "_settings", "_schedules", "_steps", "_slots", "_masked", "_told")
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         if not any(parameter in slots for group in self.param_groups for parameter in group["params"]):
             raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters")
         self._slots, self._readings, self._units = slots, readings, None
-        if self._cache is not None:
-            self._all_units()
+        self._all_units()
+        self._expect()
 
     def detach(self) -> None:
         """Forget the model: no hook is left on it, and axes are named by rank again."""
@@ -416,7 +416,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_taps" not in self.__dict__:  # a copy hears nothing until it is attached; torch also comes here to load
-            self._readings, self._taps, self._told, self._seen = {}, Taps(), frozenset(), []
+            self._readings, self._taps, self._seen = {}, Taps(), []
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:

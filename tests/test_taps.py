@@ -323,6 +323,7 @@ def test_what_all_examples_share_has_the_moment_of_gradients(n, observe):
     ) as caught:
         three_steps(model, optimizer, x, y, observe)
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert "on the batch gradient" in optimizer.routing()["positions.weight"]
     assert "on the batch gradient" not in optimizer.routing()["tokens.weight"]
     model.positions.weight.grad = None
