@@ -111,7 +111,11 @@ def cost(build: Build, iterations: int) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write ``kfac.json``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kfac_steps", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kfac_steps",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=Path("results/kfac"), help="folder for the numbers")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads to time with")
     parser.add_argument("--iterations", type=int, default=40, help="timed iterations of each")
@@ -119,6 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if min(*options.threads, options.iterations, 1) < 1:
         console.print("error: --threads and --iterations must be whole numbers from 1", style="red", highlight=False)
+        return 2
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        console.print(f"error: --out {options.out}: {problem.strerror}", style="red", highlight=False, markup=False)
         return 2
     shared = dict(lr=0.1, damping=1e-3, momentum=0.0, kl_clip=None, refresh_every=1)
     builds: dict[str, Build] = {"Adam, lr 1e-3": lambda model: torch.optim.Adam(model.parameters(), 1e-3)}
