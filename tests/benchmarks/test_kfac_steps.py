@@ -15,7 +15,7 @@ def test_the_tables_are_written(tmp_path, monkeypatch, capsys):
     assert set(content["first_steps"]) == {"Adam, lr 1e-3", *kfac_steps.FIRST}
     assert all(loss < 1 for name in kfac_steps.FIRST for loss, _ in content["first_steps"][name])
     assert set(content["costs"]["Adam | 1"]) == {"mean", "median", "adam_ms"}
-    assert content["environment"]["torch"]
+    assert content["environment"]["packages"]["torch"]
     assert "kfac.json" in capsys.readouterr().out
 
 
