@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for what cannot be done, 130 after Ctrl-C."""
-    console = console or Console(width=None if os.environ.get("COLUMNS") or os.isatty(1) else 150)
+    console = console or Console(width=None if os.environ.get("COLUMNS") or os.isatty(1) else 160)
     options = parser().parse_args(arguments)
     try:
         _dispatch(options, console)
