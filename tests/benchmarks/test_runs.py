@@ -23,6 +23,14 @@ from benchmarks.report import write_report
 from benchmarks.summary import cells, reached, summarize
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Even where the tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def tiny_data(_=None):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(80, 6, generator=generator)
