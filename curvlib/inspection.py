@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .blocks import Block, State
 from .health import Health, health_of
 from .recipe import Recipe
 from .routing import Table
 from .storage import Storage
 from .taps import Taps
 from .units import Unit
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The curvature held for one unit.
+
+    Attributes:
+        unit: its parameters.
+        block: the structure.
+        recipe: with the numbers of this step.
+        state: name -> ``[1, *shape]``, views of what the optimizer holds.
+        scale: what the stored average is multiplied by.
+    """
+
+    unit: Unit
+    block: Block
+    recipe: Recipe
+    state: State
+    scale: float
+
+    def order(self) -> Tensor:
+        """Where each entry of the parameters, in row-major order and a joined bias last, lies in the flat operand."""
+        index = torch.arange(math.prod(self.unit.layout.shape)).view(self.unit.layout.shape)
+        return torch.cat([window.flatten() for window in self.unit.operand.windows(index)])
+
+    def dense(self) -> Tensor:
+        """The undamped curvature in the order of the parameters, ``[numel, numel]``."""
+        dense = self.block.dense(self.state, self.recipe, self.scale)[0]
+        order = self.order().to(dense.device)
+        return dense[order][:, order]
 
 
 class Inspection:
@@ -58,18 +92,9 @@ class Inspection:
             ValueError: where there is none.
         """
         parameter = target if isinstance(target, Tensor) else next(iter(target.parameters(recurse=False)), None)
-        recipes = self._bind()
-        for bucket in self._storage.buckets:
-            for row, unit in enumerate(bucket.units):
-                if unit.lead is parameter and bucket.block is not None:
-                    recipe = recipes[unit]
-                    state = {name: value[row : row + 1] for name, value in bucket.state.items() if name in bucket.specs}
-                    _, updates, warm = bucket.counters[row].tolist()
-                    scale = recipe.moment.scale(updates, bool(warm))
-                    dense = bucket.block.dense(state, recipe, scale)[0]
-                    index = torch.arange(dense.shape[0]).view(unit.layout.shape)
-                    order = torch.cat([window.flatten() for window in unit.operand.windows(index)]).to(dense.device)
-                    return dense[order][:, order]
+        for held in self.held():
+            if held.unit.lead is parameter:
+                return held.dense()
         what = (
             type(target).__name__
             if parameter is None or isinstance(target, nn.Module)
@@ -78,6 +103,18 @@ class Inspection:
         raise ValueError(
             f"no curvature is held for {what}: it had no gradient yet, is joined to its weight, or needs none"
         )
+
+    def held(self) -> Iterator[Held]:
+        """The curvature of every unit that has some."""
+        recipes = self._bind()
+        for bucket in self._storage.buckets:
+            if bucket.block is None:
+                continue
+            for row, unit in enumerate(bucket.units):
+                state = {name: value[row : row + 1] for name, value in bucket.state.items() if name in bucket.specs}
+                _, updates, warm = bucket.counters[row].tolist()
+                recipe = recipes[unit]
+                yield Held(unit, bucket.block, recipe, state, recipe.moment.scale(updates, bool(warm)))
 
     def health(self) -> Health:
         """Refreshed residuals, kept roots and masked steps, by parameter name."""

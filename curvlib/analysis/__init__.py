@@ -1,7 +1,22 @@
 """The laboratory: exact curvature, and what approximations lose."""
 
+from .approximation import Approximation
+from .compare import compare
 from .exact import LIMIT, fisher, hessian
 from .objective import Objective
 from .operator import Estimate, Operator
+from .table import TOTAL, Comparison, Row
 
-__all__ = ["LIMIT", "Estimate", "Objective", "Operator", "fisher", "hessian"]
+__all__ = [
+    "LIMIT",
+    "TOTAL",
+    "Approximation",
+    "Comparison",
+    "Estimate",
+    "Objective",
+    "Operator",
+    "Row",
+    "compare",
+    "fisher",
+    "hessian",
+]
