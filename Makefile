@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study test lint format clean
+.PHONY: study lab test lint format clean
 
 study: $(VENV)/.study
 	$(BIN)/python -m benchmarks study
+
+lab: $(VENV)/.study
+	$(BIN)/python -m benchmarks lab
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from .data import DataError
+from .lab import run_lab
 from .methods import METHODS
 from .problems import PROBLEMS
 from .records import Record, RecordError
@@ -22,6 +23,7 @@ _EXAMPLES = """examples:
   python -m benchmarks run mnist-autoencoder --data ~/data/MNIST
   python -m benchmarks run digits-cnn --methods mbf adam --seeds 5
   python -m benchmarks report results/study
+  python -m benchmarks lab
 
 A stopped study goes on where it stopped when the same command is given again; finished runs are never repeated.
 """
@@ -55,7 +57,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with the data's official files (default: CURVLIB_DATA, else download)",
     )
-    for command in (study, run):
+    lab = commands.add_parser("lab", help="what block structures lose, on three trained networks: figures and tables")
+    lab.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with the IDX files of MNIST, for one of the networks (default: CURVLIB_DATA, else bundled digits)",
+    )
+    for command in (study, run, lab):
         command.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default: results/NAME)")
         command.add_argument(
             "--threads", type=int, metavar="N", help="threads for torch (default: its own choice, at most 2)"
@@ -91,6 +100,9 @@ def _dispatch(options: argparse.Namespace, console: Console) -> None:
         _list(console)
     elif options.command == "report":
         _report(options.folder, console)
+    elif options.command == "lab":
+        _set_threads(options.threads)
+        run_lab(options.out or Path("results") / "lab", _source(options), console)
     else:
         _set_threads(options.threads)
         study = DIGITS if options.command == "study" else _study(options)

@@ -8,27 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .figures import as_svg, curves
+from .page import page
 from .problems import PROBLEMS
 from .records import Record, write_whole
 from .summary import HEADINGS, Row, as_csv, cells, summarize
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --line: #d5dae0; --soft: #5b6570; --card: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --paper: #15181c; --line: #363c44; --soft: #9aa4af; --card: #1d2126; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 66rem;
-  margin: 2.5rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { margin-top: 2.6rem; font-size: 1.25rem; }
-p.lead, figcaption, .source { color: var(--soft); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; white-space: normal; vertical-align: bottom; }
-figure { margin: 1.2rem 0; } figure svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
-details { background: var(--card); border-radius: 6px; padding: .5rem .9rem; margin: .6rem 0; }
-pre { overflow-x: auto; font-size: .8rem; }
-"""
 
 
 def write_report(records: Sequence[Record], folder: Path, title: str) -> Path:
@@ -45,10 +28,10 @@ def write_report(records: Sequence[Record], folder: Path, title: str) -> Path:
     for name, figure in figures.items():
         write_whole(folder / f"{name}.svg", figure.encode())
     write_whole(folder / "summary.csv", as_csv(rows).encode())
-    page = folder / "index.html"
+    file = folder / "index.html"
     sections = "".join(_section(name, [row for row in rows if row.problem == name], figures[name]) for name in names)
-    write_whole(page, _page(title, sections, records).encode())
-    return page
+    write_whole(file, _page(title, sections, records).encode())
+    return file
 
 
 def _section(name: str, rows: Sequence[Row], figure: str) -> str:
@@ -71,21 +54,13 @@ def _page(title: str, sections: str, records: Sequence[Record]) -> str:
     runs = "".join(_details(record) for record in ordered)
     environments = {json.dumps(dict(record.environment), sort_keys=True) for record in records}
     shown = "".join(f"<pre>{html.escape(json.dumps(json.loads(one), indent=1))}</pre>" for one in sorted(environments))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p class="lead">Within a seed all methods start from the same weights and see the same batches. The loss is a running
-average over batches (weight 0.9). The clock stops during evaluations. “× Adam” is the median time of a step over
-Adam's with the same seed; memory is the optimizer's own state; “–” is a target that fewer than half of the runs reached.
-A run that diverged counts as ∞.</p>
-{sections}
-<h2>Runs</h2>
-{runs}
-<h2>Where this was measured</h2>
-{shown}
-</body></html>
-"""
+    lead = (
+        "Within a seed all methods start from the same weights and see the same batches. The loss is a running average "
+        "over batches (weight 0.9). The clock stops during evaluations. “× Adam” is the median time of a step over Adam's "
+        "with the same seed; memory is the optimizer's own state; “–” is a target that fewer than half of the runs "
+        "reached. A run that diverged counts as ∞."
+    )
+    return page(title, lead, f"{sections}<h2>Runs</h2>{runs}<h2>Where this was measured</h2>{shown}")
 
 
 def _details(record: Record) -> str:

@@ -1,6 +1,6 @@
 """The laboratory: exact curvature, and what approximations lose."""
 
-from .approximation import Approximation
+from .approximation import Approximation, Structure
 from .compare import compare
 from .exact import LIMIT, fisher, hessian
 from .objective import Objective
@@ -16,6 +16,7 @@ __all__ = [
     "Objective",
     "Operator",
     "Row",
+    "Structure",
     "compare",
     "fisher",
     "hessian",

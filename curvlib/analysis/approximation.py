@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,13 +17,14 @@ from torch import Tensor, nn
 
 from .. import roots
 from ..blocks import Block, EigenBlock, State
-from ..ears import Ear
+from ..ears import Ear, TapWarning
 from ..inspection import Held
 from ..layers import Slot
 from ..optimizer import CurvatureOptimizer
 from ..partition import Partition
 from ..recipe import Labels, Moment, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, as_table
+from .family import family
 from .objective import Objective, Of
 
 Build = Callable[[nn.Module], CurvatureOptimizer]
@@ -36,7 +39,7 @@ def table_of(structure: Structure, model: nn.Module, labels: Labels) -> Table:
     """The routing table of a structure, its statistics made a plain mean over the data.
 
     A partition, or a block class, gets moments of single examples, composed by the trace where there are several factors,
-    whose product is damped as a whole; a partition joins biases where it can, and leaves what it does not fit to the diagonal.
+    their product damped as a whole; a partition joins biases where it can, and leaves to the diagonal what it does not fit.
     Momentum, grafting and clipping are left out: only the curvature is looked at.
 
     Raises:
@@ -51,7 +54,8 @@ def table_of(structure: Structure, model: nn.Module, labels: Labels) -> Table:
     elif isinstance(structure, (Recipe, Route, list, tuple)):
         table = as_table(structure)
     elif callable(structure):
-        optimizer: Any = cast(Build, structure)(copy.deepcopy(model))
+        with _quietly():
+            optimizer: Any = cast(Build, structure)(copy.deepcopy(model))
         if not isinstance(optimizer, CurvatureOptimizer):
             raise TypeError(f"{structure!r} must make a CurvatureOptimizer, got {type(optimizer).__name__}")
         if len(optimizer.param_groups) != 1:
@@ -61,6 +65,14 @@ def table_of(structure: Structure, model: nn.Module, labels: Labels) -> Table:
     else:
         raise TypeError(f"expected a partition, recipe, route, block class or optimizer class, got {structure!r}")
     return tuple(replace(route, recipe=_plain(route.recipe, labels)) for route in table)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without a word on layers that can't be heard: only routes are read here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TapWarning)
+        yield
 
 
 def _of_partition(partition: Partition) -> Table:
@@ -122,6 +134,10 @@ class Approximation:
             batch that is not full is left out.
         repeats: how often each time is measured.
         seed: of drawn labels.
+
+    Attributes:
+        family: of the structure, see :mod:`curvlib.analysis.family`.
+        held: the units, with what each holds.
     """
 
     def __init__(
@@ -143,11 +159,13 @@ class Approximation:
         self.objective, self.repeats = replace(objective, model=model), repeats
         self._known = objective.known(f"labels={labels!r}") if labels != "data" else (None, 1.0)
         table = table_of(structure, model, labels)
+        self.family = family(table)
         chosen = {name: parameter for name, parameter in model.named_parameters() if name in names}
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in chosen.items()}
         self._times: dict[Tensor, float] = defaultdict(float)
         listening: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
-        scout = CurvatureOptimizer(chosen.items(), table, lr=0.0, model=model)
+        with _quietly():
+            scout = CurvatureOptimizer(chosen.items(), table, lr=0.0, model=model)
         for unit, recipe in scout._recipes().items():
             mine = [(self._names[parameter], parameter) for parameter in unit.operand.parameters]
             listening[recipe.moment.listens] += mine

@@ -73,7 +73,7 @@ def compare(
             for value in sweep:
                 parts = _measure(approximation, title, layer, mine, reference, value)
                 rows.append(parts.row(layer, title, value))
-                totals.setdefault((title, value), _Parts()).add(parts)
+                totals.setdefault((title, value), _Parts(family=parts.family)).add(parts)
     if len(layers) > 1:
         rows += [parts.row(TOTAL, title, value) for (title, value), parts in totals.items()]
     order = {name: number for number, name in enumerate([*layers, TOTAL])}
@@ -135,6 +135,7 @@ class _Parts:
     extreme counts.
     """
 
+    family: str
     parameters: int = 0
     squares: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
@@ -158,6 +159,7 @@ class _Parts:
         return Row(
             layer=layer,
             approximation=approximation,
+            family=self.family,
             damping=damping,
             parameters=self.parameters,
             frobenius=math.sqrt(part["A-E"] / part["E"]),
@@ -180,7 +182,7 @@ class _Parts:
 def _measure(
     approximation: Approximation, title: str, layer: str, names: Sequence[str], exact: _Exact, damping: float
 ) -> _Parts:
-    parts = _Parts(parameters=len(exact.values))
+    parts = _Parts(approximation.family, len(exact.values))
     dense, inverse = torch.zeros_like(exact.matrix), torch.zeros_like(exact.matrix)
     direction = torch.zeros_like(exact.gradient)
     for held, rows in _units(approximation, title, layer, names):
@@ -190,6 +192,7 @@ def _measure(
         direction[rows] = approximation.direction(held, damping, exact.gradient[rows])
         times = approximation.times(held, damping)
         more = _Parts(
+            approximation.family,
             sizes=[approximation.bytes(held, role) for role in ("statistics", "roots")],
             seconds=[times.statistics, times.refresh, times.apply],
         )

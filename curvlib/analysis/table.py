@@ -23,6 +23,7 @@ class Row:
     Attributes:
         layer: its name, or ``"all layers"``.
         approximation: its name.
+        family: of its structure, see :mod:`curvlib.analysis.family`.
         damping: λ.
         parameters: how many.
         frobenius: ‖A - E‖_F / ‖E‖_F.
@@ -43,6 +44,7 @@ class Row:
 
     layer: str
     approximation: str
+    family: str
     damping: float
     parameters: int
     frobenius: float
