@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from curvlib.analysis.figures import STYLE
+
 from .methods import METHODS
 from .problems import PROBLEMS
 from .records import Record
 
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "curvlib",
-}
 _POINTS = 120
 
 
 def curves(records: Sequence[Record]) -> Figure:
     """Training loss of one problem against steps (left) and seconds of training (right)."""
     problem = PROBLEMS[records[0].spec.problem]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 3.3), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for method in METHODS.values():
@@ -65,12 +56,3 @@ def _band(records: Sequence[Record], against: str) -> tuple[np.ndarray, np.ndarr
     grid = np.linspace(0.0, min(place[-1] for place in places), _POINTS)
     values = np.stack([np.interp(grid, place, loss) for place, loss in zip(places, losses, strict=True)])
     return grid, values.min(0), np.median(values, 0), values.max(0)
-
-
-def as_svg(figure: Figure) -> str:
-    """The figure as an inline SVG element."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

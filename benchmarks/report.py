@@ -7,7 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .figures import as_svg, curves
+from curvlib.analysis.figures import as_svg
+
+from .figures import curves
 from .page import page
 from .problems import PROBLEMS
 from .records import Record, write_whole

@@ -61,7 +61,7 @@ AXES = {
 _EXACT = 1e-9
 _DASHES = ("-", "--", ":", "-.")
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -70,6 +70,7 @@ _STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "curvlib",
 }
+"""Settings of matplotlib for every figure."""
 
 
 def inverse_map(
@@ -98,7 +99,7 @@ def inverse_map(
     shift = damping * matrix.trace() / size
     inverse = torch.linalg.inv(matrix + shift * torch.eye(size, dtype=matrix.dtype)).abs()
     sizes = _sizes(objective, of)
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(3.1 * len(overlays) + 0.9, 3.6), layout="constrained")
         panels = figure.subplots(1, len(overlays), squeeze=False)[0]
         shown = None
@@ -149,7 +150,7 @@ def spectra(
     """Eigenvalues of a layer's exact curvature and of approximations, sorted, over the largest exact one."""
     exact = torch.linalg.eigvalsh(fisher(objective, labels, of)).flip(0)
     names = objective.names(of)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.4), layout="constrained")
         axes = figure.subplots()
         number = range(1, len(exact) + 1)
@@ -194,7 +195,7 @@ def pareto(
     damping = comparison.rows[0].damping if damping is None else damping
     rows = comparison.select(layer=layer, damping=damping).rows
     larger = error in ("cosine", "best_decrease")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 4.0), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, cost in ((left, "memory"), (right, "apply_ms")):
@@ -268,7 +269,7 @@ def sweep(comparison: Comparison, *, column: str = "cosine", layer: str | None =
     """One column against the damping, a line for each structure."""
     there = list(dict.fromkeys(row.layer for row in comparison))
     rows = comparison.select(layer=layer or (TOTAL if TOTAL in there else there[0])).rows
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.4), layout="constrained")
         axes = figure.subplots()
         drawn: list[str] = []
@@ -300,7 +301,7 @@ def _line(family: str, drawn: list[str]) -> dict[str, Any]:
 def as_svg(figure: Figure) -> str:
     """The figure as an SVG element; equal figures give equal text."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
