@@ -19,9 +19,9 @@ from .. import roots
 from ..blocks import Block, EigenBlock, State
 from ..ears import Ear, TapWarning
 from ..inspection import Held
-from ..layers import Slot
+from ..layers import Slot, survey
 from ..optimizer import CurvatureOptimizer
-from ..partition import Partition
+from ..partition import Partition, PartitionError
 from ..recipe import Labels, Moment, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, as_table
 from .family import family
@@ -44,11 +44,11 @@ def table_of(structure: Structure, model: nn.Module, labels: Labels) -> Table:
 
     Raises:
         TypeError: for anything else.
-        ValueError: for an optimizer with several groups.
+        ValueError: for an optimizer with several groups, or a partition that fits no trainable parameter.
     """
     table: Table
     if isinstance(structure, (str, Partition)):
-        table = _of_partition(structure if isinstance(structure, Partition) else Partition(structure))
+        table = _of_partition(structure if isinstance(structure, Partition) else Partition(structure), model)
     elif isinstance(structure, type) and issubclass(structure, Block):
         table = as_table(Recipe("| ...", Moment("samples"), Root(1), block=structure))
     elif isinstance(structure, (Recipe, Route, list, tuple)):
@@ -75,8 +75,21 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _of_partition(partition: Partition) -> Table:
-    """A partition wherever it fits, with the bias joined where it can be; the diagonal elsewhere."""
+def _of_partition(partition: Partition, model: nn.Module) -> Table:
+    """A partition wherever it fits, with the bias joined where it can be; the diagonal elsewhere.
+
+    Raises:
+        PartitionError: where it fits no trainable parameter.
+    """
+    refused: list[PartitionError] = []
+    slots = [slot for parameter, slot in survey(model)[0].items() if parameter.requires_grad]
+    for slot in slots:
+        try:
+            partition.layout(slot.sizes)
+        except PartitionError as error:
+            refused.append(error.about(slot.name))
+    if refused and len(refused) == len(slots):
+        raise refused[0] from None
     kronecker = len(partition.sentence.factors) > 1 or any(factor.spread for factor in partition.sentence.factors)
     recipe = Recipe(
         partition,
@@ -89,7 +102,7 @@ def _of_partition(partition: Partition) -> Table:
     def fits(slot: Slot, joined: tuple[str, ...] = ()) -> bool:
         try:
             partition.layout(slot.sizes, joined)
-        except ValueError:
+        except PartitionError:
             return False
         return True
 

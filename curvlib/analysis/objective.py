@@ -140,9 +140,8 @@ class Objective:
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """The model at some parameters; those that are not given stay as they are."""
-        with torch.no_grad():
-            rest = {name: self._cast(value) for name, value in self.model.named_parameters() if name not in parameters}
-            rest |= {name: self._cast(value) for name, value in self.model.named_buffers()}
+        held = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        rest = {name: self._cast(value.detach()) for name, value in held.items() if name not in parameters}
         result: Tensor = functional_call(self.model, {**rest, **parameters}, (self._cast(inputs),))
         return result
 
