@@ -5,8 +5,8 @@
 Three optimizers with MBF's published settings, one for each grouping of linear layers, see the same gradients; only one of
 them moves the weights. The first part asks the laboratory, along the row-major path, what each would have done: with d the
 step, g the gradient and E the exact Fisher of the batch, the step overshoots where dᵀEd / gᵀd is above 1, and climbs where
-it is above 2. The second part crosses them: each layer's step has the direction of one grouping and the length of another.
-`docs/mbf.md` reads both.
+it is above 2 (nothing is drawn where momentum leads uphill). The second part crosses them: each layer's step has the
+direction of one grouping and the length of another. `docs/mbf.md` reads both.
 """
 
 from __future__ import annotations
@@ -158,21 +158,31 @@ def draw(seen: Sequence[Overshoot], trained: Mapping[tuple[str, str], Sequence[f
         for grouping in GROUPINGS:
             mine = [one for one in seen if one.grouping == grouping]
             colour, dash = _LOOKS[grouping]
-            ratios = [min(one.ratio, 1e5) for one in mine]
+            ratios = [one.ratio if math.isfinite(one.ratio) else math.nan for one in mine]
             left.plot([one.step for one in mine], ratios, color=colour, linestyle=dash, linewidth=1.5, label=grouping)
         left.axhline(2, color="0.4", linewidth=0.8)
+        for refresh in range(0, seen[-1].step, PUBLISHED["refresh_every"]):
+            left.axvline(refresh, color="0.75", linewidth=0.8, zorder=0)
         left.annotate("climbs above", (0, 2), (3, 3), textcoords="offset points", fontsize=7.5)
         left.set_yscale("log")
-        left.set_xlabel("steps of training with row-major blocks")
+        left.set_ylim(1e-3, 30)
+        left.set_xlabel("steps with row-major blocks (vertical lines: refreshes)")
         left.set_ylabel("overshoot of the code layer's step")
         left.legend(frameon=False, fontsize=8)
         for (directions, lengths), losses in trained.items():
             colour, dash = _LOOKS[directions][0], "-" if directions == lengths else "--"
-            marker = "x" if losses and math.isinf(losses[-1]) else None
-            shown = [loss for loss in losses if math.isfinite(loss)]
             label = f"{directions}" if directions == lengths else f"{directions}, lengths of {lengths}"
-            if shown:
-                right.plot(range(1, len(shown) + 1), shown, color=colour, linestyle=dash, marker=marker, label=label)
+            if math.isfinite(losses[-1]):
+                right.plot(range(1, len(losses) + 1), losses, color=colour, linestyle=dash, label=label)
+        failed = [f"{d}, lengths of {n}" for (d, n), losses in trained.items() if math.isinf(losses[-1])]
+        right.annotate(
+            "\n".join(["diverged:", *failed]),
+            (0.98, 0.72),
+            xycoords="axes fraction",
+            fontsize=7.5,
+            ha="right",
+            va="top",
+        )
         right.set_xlabel("epochs")
         right.set_ylabel("training loss (running average)")
         right.set_ylim(50, 160)
