@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -110,11 +111,8 @@ def per_head(partition: str) -> Recipe:
     )
 
 
-def _kfac_eigen(model: nn.Module) -> curvlib.CurvatureOptimizer:
-    return curvlib.KFAC(model, form="eigen")
-
-
-_METHODS: Mapping[str, Structure] = {"KFAC": curvlib.KFAC, "KFAC, eigen": _kfac_eigen}
+_METHODS: Mapping[str, Structure] = {"KFAC": curvlib.KFAC, "KFAC, eigen": partial(curvlib.KFAC, form="eigen")}
+_REDUCED: Mapping[str, Structure] = {"KFAC, eigen, reduce": partial(curvlib.KFAC, form="eigen", sharing="reduce")}
 
 SPECIMENS = (
     Specimen(
@@ -164,6 +162,7 @@ SPECIMENS = (
             "| o, i, k...": "| o, i, k...",
             "full layer": "| ...",
             **_METHODS,
+            **_REDUCED,
         },
         ("diagonal", "kernels", "o | i k...", "i | o k...", "KFAC, eigen", "| o, i k..."),
         {"per kernel": "o i | k...", "per output": "o | i k...", "per input channel": "i | o k..."},
@@ -188,6 +187,7 @@ SPECIMENS = (
             "| o/16, i": "| o/16, i",
             "full layer": "| ...",
             **_METHODS,
+            **_REDUCED,
         },
         ("diagonal", "o | i", "i | o", "head | d i", "KFAC, eigen", "| o, i"),
         {"per output": "o | i", "per input": "i | o", "chunks of 64": "| (o i)/64"},
