@@ -36,12 +36,17 @@ def sample_labels(logits: Tensor, likelihood: Likelihood, generator: torch.Gener
     """
     check_choice("likelihood", likelihood, LIKELIHOODS)
     if likelihood == "categorical":
-        flat = logits.softmax(-1).reshape(-1, logits.shape[-1])
+        flat = _drawable(logits.softmax(-1)).reshape(-1, logits.shape[-1])
         return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
     if likelihood == "bernoulli":
-        return torch.bernoulli(logits.sigmoid(), generator=generator)
+        return torch.bernoulli(_drawable(logits.sigmoid()), generator=generator)
     noise = torch.randn(logits.shape, dtype=logits.dtype, device=logits.device, generator=generator)
     return logits + noise
+
+
+def _drawable(probability: Tensor) -> Tensor:
+    """Probabilities with one half for what is not finite: drawing from NaN aborts an accelerator; the gradient tells."""
+    return torch.where(probability.isfinite(), probability, 0.5)
 
 
 @torch.no_grad()

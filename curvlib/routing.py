@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .layers import Slot
+from .partition import Partition, PartitionError
 from .recipe import Recipe
 
 
@@ -75,6 +76,29 @@ def is_kernel(slot: Slot) -> bool:
 def is_weight(slot: Slot) -> bool:
     """Whether a parameter has two dimensions or more."""
     return slot.ndim >= 2
+
+
+@dataclass(frozen=True)
+class Fits:
+    """A predicate: whether a partition can be made exact for a parameter's axes.
+
+    Args:
+        partition: the partition.
+        joined: with the layer's bias as one more column of the inputs.
+    """
+
+    partition: Partition
+    joined: bool = False
+
+    def __call__(self, slot: Slot) -> bool:
+        """Whether it fits."""
+        if self.joined and slot.bias is None:
+            return False
+        try:
+            self.partition.layout(slot.sizes, slot.inputs if self.joined else ())
+        except PartitionError:
+            return False
+        return True
 
 
 Table = tuple[Route, ...]

@@ -19,11 +19,11 @@ from .. import roots
 from ..blocks import Block, EigenBlock, State
 from ..ears import Ear, TapWarning
 from ..inspection import Held
-from ..layers import Slot, survey
+from ..layers import survey
 from ..optimizer import CurvatureOptimizer
 from ..partition import Partition, PartitionError
 from ..recipe import Labels, Moment, Recipe, Root, Rule, Schedule
-from ..routing import Route, Table, as_table
+from ..routing import Fits, Route, Table, as_table
 from .family import family
 from .objective import Objective, Of
 
@@ -99,16 +99,9 @@ def _of_partition(partition: Partition, model: nn.Module) -> Table:
         block=EigenBlock if kronecker else None,
     )
 
-    def fits(slot: Slot, joined: tuple[str, ...] = ()) -> bool:
-        try:
-            partition.layout(slot.sizes, joined)
-        except PartitionError:
-            return False
-        return True
-
     return (
-        Route(recipe, where=lambda slot: slot.bias is not None and fits(slot, slot.inputs)),
-        Route(replace(recipe, join_bias=False), where=fits),
+        Route(recipe, where=Fits(partition, joined=True)),
+        Route(replace(recipe, join_bias=False), where=Fits(partition)),
         Route(Recipe("... |", recipe.moment, recipe.root)),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -108,9 +108,12 @@ class Block:
 
     Attributes:
         elementwise: operands, directions and state are lists of tensors, one an operand, instead of packed batches.
+        damps: what an absolute damping λ is added to: the ``"whole"`` curvature, so that ``apply`` is (curvature + λI)^-p;
+            or its ``"factors"``, one by one. It is what :mod:`curvlib.testing` holds a structure to.
     """
 
     elementwise: ClassVar[bool] = False
+    damps: ClassVar[Literal["whole", "factors"]] = "whole"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         self.layout = layout

@@ -28,6 +28,8 @@ class EigenBlock(StandardBlock):
     eigenvalue of the product, as of the last refresh.
     """
 
+    damps = "whole"
+
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)
         if recipe.damping.split is not None:

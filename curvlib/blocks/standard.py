@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class StandardBlock(Block):
     Factors of size one are left out where the composition normalises them away (see :class:`~curvlib.recipe.Moment`). A
     factor that comes from one of a layer's signals is stored once for all blocks that share it.
     """
+
+    damps: ClassVar[Literal["whole", "factors"]] = "factors"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)
