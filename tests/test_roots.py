@@ -230,7 +230,7 @@ def test_a_name_is_registered_once(register):
 
 
 def test_a_root_names_the_solvers_that_there_are(register):
-    with pytest.raises(ValueError, match="solver must be one of 'auto', 'cholesky', 'eigh'.*, got 'inverse'"):
+    with pytest.raises(ValueError, match=r"solver must be one of 'auto', 'cholesky', 'eigh'.*, got 'inverse'"):
         Root(solver="inverse")
     register("inverse", inverses)
     assert Root(solver="inverse").solver == "inverse"
