@@ -226,7 +226,7 @@ class Cohort:
             finished = [torch.where(gate.to(one.device), one, 0.0) for one in finished]
         if not self.bucket.packed:
             return list(finished)
-        batch = [direction[0].clone()]
+        batch = [torch.empty_like(direction[0])]
         torch._foreach_copy_(self.windows(batch), list(finished))
         return batch
 
