@@ -1,6 +1,7 @@
 """curvlib: second-order optimizers as configurations of one batched preconditioning engine."""
 
 from .ears import TapError, TapWarning
+from .finish import Finish
 from .health import Health, NonFiniteGradient
 from .labels import sample_labels
 from .layers import LayerKind, Slot, register_layer
@@ -9,6 +10,7 @@ from .optimizers import KFAC, MBF, NGD, SGD, Adagrad, Adam, AdamW, MomentumAdam,
 from .partition import Partition, PartitionError
 from .preconditioner import Preconditioner
 from .recipe import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
+from .roots import register_solver
 from .routing import Route
 from .signals import Signal, Tap
 
@@ -25,6 +27,7 @@ __all__ = [
     "Clip",
     "CurvatureOptimizer",
     "Damping",
+    "Finish",
     "Grafting",
     "Health",
     "LayerKind",
@@ -48,5 +51,6 @@ __all__ = [
     "TapError",
     "TapWarning",
     "register_layer",
+    "register_solver",
     "sample_labels",
 ]

@@ -60,7 +60,7 @@ def period(value: int | Callable[[int], int]) -> int:
 def resolve(thing: T, step: int) -> T:
     """A dataclass with every callable number replaced by its value at a step, and checked again.
 
-    Predicates of routes and block classes are no numbers and stay.
+    Dataclasses in it, and in tuples of it, are resolved too. Predicates of routes and block classes are no numbers and stay.
     """
     changes: dict[str, Any] = {}
     for entry in fields(thing):  # type: ignore[arg-type]
@@ -69,6 +69,10 @@ def resolve(thing: T, step: int) -> T:
             resolved = resolve(value, step)
             if resolved is not value:
                 changes[entry.name] = resolved
+        elif isinstance(value, tuple):
+            parts = tuple(resolve(one, step) if is_dataclass(one) else one for one in value)
+            if any(part is not one for part, one in zip(parts, value, strict=True)):
+                changes[entry.name] = parts
         elif callable(value) and not isinstance(value, type) and entry.name != "where":
             changes[entry.name] = value(step)
     return replace(thing, **changes) if changes else thing  # type: ignore[type-var]

@@ -193,7 +193,7 @@ class Cohort:
         return self.recipe.moment.scale(self.updates, self.warm)
 
     def direct(self, gate: Tensor | None) -> Tensors:
-        """The directions: precondition, graft, average."""
+        """The directions: precondition, graft, finish, average."""
         block, rule, packed = self.bucket.block, self.recipe.rule, self.bucket.packed
         direction = self.reference
         if block is not None:
@@ -206,25 +206,50 @@ class Cohort:
             direction = rules.graft(
                 direction, self.reference, self.gradient, second, rule.grafting, self.step, packed, gate
             )
+        if rule.finish:
+            direction = self._finished(direction, gate)
         if rule.momentum is not None and rule.momentum.after:
             direction = rules.apply_momentum(self.state["momentum"], direction, rule.momentum, self.step, packed, gate)
         return direction
 
+    def _finished(self, direction: Tensors, gate: Tensor | None) -> list[Tensor]:
+        """The directions after the rule's finishes; zero where the gate is shut, whatever these make of nothing."""
+        windows, references = self.windows(direction), self.windows(self.reference)
+        parameters = [
+            parameter.detach().view(window.shape).to(window.dtype)
+            for (parameter, _), window in zip(self.members(), windows, strict=True)
+        ]
+        finished: Sequence[Tensor] = windows
+        for finish in self.recipe.rule.finish:
+            finished = finish(finished, references, parameters)
+        if gate is not None:
+            finished = [torch.where(gate.to(one.device), one, 0.0) for one in finished]
+        if not self.bucket.packed:
+            return list(finished)
+        batch = [torch.empty_like(direction[0])]
+        torch._foreach_copy_(self.windows(batch), list(finished))
+        return batch
+
+    def members(self) -> Iterable[tuple[Tensor, int]]:
+        """Every parameter with the number of its group."""
+        for unit in self.units:
+            yield from zip(unit.operand.parameters, unit.groups, strict=True)
+
+    def windows(self, tensors: Tensors) -> list[Tensor]:
+        """Operands cut into their parameters: a view for every one of :meth:`members`."""
+        if not self.bucket.packed:
+            return list(tensors)
+        return [
+            window for unit, one in zip(self.units, tensors[0], strict=True) for window in unit.operand.windows(one)
+        ]
+
     def pieces(self, direction: Tensors) -> Iterable[Piece]:
         """Directions, parameter by parameter, for those that have a gradient."""
-        for place, unit in enumerate(self.units):
-            if self.bucket.packed:
-                windows = unit.operand.windows(direction[0][place])
-                gradients = unit.operand.windows(self.gradient[0][place])
-                references = unit.operand.windows(self.reference[0][place])
-            else:
-                windows, gradients, references = [direction[place]], [self.gradient[place]], [self.reference[place]]
-            for parameter, window, gradient, reference, group in zip(
-                unit.operand.parameters, windows, gradients, references, unit.groups, strict=True
-            ):
-                if parameter.grad is not None:
-                    view = parameter.detach().view(window.shape)
-                    yield Piece(view, window, gradient, reference, group, parameter)
+        columns = (self.windows(tensors) for tensors in (direction, self.gradient, self.reference))
+        for (parameter, group), window, gradient, reference in zip(self.members(), *columns, strict=True):
+            if parameter.grad is not None:
+                view = parameter.detach().view(window.shape)
+                yield Piece(view, window, gradient, reference, group, parameter)
 
 
 def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:

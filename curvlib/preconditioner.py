@@ -22,7 +22,7 @@ class Preconditioner(CurvatureOptimizer):
         preconditioner.step()      # .grad is now curvature^-1 times the gradient
         optimizer.step()
 
-    Momentum, grafting and clipping of the recipe's rule apply; its weight decay does not. The direction is that of the mean
+    Momentum, grafting, finishes and clip of the recipe's rule apply; its decay does not. The direction is that of the mean
     loss, whatever the reduction.
 
     Args:

@@ -13,7 +13,9 @@ from typing import Literal
 
 import torch
 
+from . import roots
 from .checks import Number, check_choice, check_number, check_period, number, period, resolve
+from .finish import Finish
 from .partition import Partition
 
 Labels = Literal["data", "sampled", "exact"]
@@ -145,14 +147,14 @@ class Root:
     Args:
         exponent: p; 1 is the natural gradient, 1/2 Adam's and Shampoo's, 0 no preconditioning. Any number from 0.
         damping: a :class:`Damping`, or a number for an absolute one.
-        solver: ``"cholesky"`` (exponent 1 of a factor), ``"eigh"``, or ``"auto"``: Cholesky where it can.
+        solver: ``"cholesky"`` (exponent 1 of a factor), ``"eigh"``, a registered one, or ``"auto"``: Cholesky where it can.
         dtype: ``"float64"`` solves in double precision whatever the statistics' dtype; ``None`` in theirs.
         tolerance: a root whose relative residual exceeds it is not used; the previous one stays.
     """
 
     exponent: float | Fraction = 1.0
     damping: Damping | Number = field(default_factory=Damping)
-    solver: Literal["auto", "cholesky", "eigh"] = "auto"
+    solver: str = "auto"
     dtype: Literal["float64"] | None = None
     tolerance: float = 0.1
 
@@ -161,7 +163,7 @@ class Root:
             object.__setattr__(self, "damping", Damping(self.damping))
         check_number("exponent", self.exponent)
         check_number("tolerance", self.tolerance, strict=True)
-        check_choice("solver", self.solver, ("auto", "cholesky", "eigh"))
+        check_choice("solver", self.solver, ("auto", *roots.SOLVERS))
         check_choice("dtype", self.dtype, (None, "float64"))
 
 
@@ -299,6 +301,7 @@ class Rule:
     Args:
         momentum: before or after preconditioning, or none.
         grafting: or none.
+        finish: maps of the direction after grafting, one after the other, see :class:`~curvlib.finish.Finish`.
         clip: or none.
         model: of the loss, which decides step size and momentum instead; or none.
         decay: what a group's ``weight_decay`` means: ``"decoupled"``: w <- (1 - lr·decay) w; ``"l2"``: added to the gradient.
@@ -307,6 +310,7 @@ class Rule:
 
     momentum: Momentum | None = None
     grafting: Grafting | None = None
+    finish: tuple[Finish, ...] = ()
     clip: Clip | None = None
     model: Quadratic | None = None
     decay: Literal["decoupled", "l2"] = "decoupled"
@@ -315,6 +319,8 @@ class Rule:
     def __post_init__(self) -> None:
         check_choice("decay", self.decay, ("decoupled", "l2"))
         check_number("lr_decay", self.lr_decay)
+        if not isinstance(self.finish, tuple) or not all(isinstance(one, Finish) for one in self.finish):
+            raise TypeError(f"finish must be a tuple of curvlib.Finish, got {self.finish!r}")
         if self.model is not None and (self.momentum is not None or self.clip is not None):
             raise ValueError("a model decides step size and momentum; set momentum=None and clip=None")
 

@@ -2,14 +2,15 @@
 
 A solve never harms: a matrix whose root fails after every retry keeps its previous root, on the device, and is counted.
 
-* Cholesky for p = 1: (F + λI)^-1. Its residual is ‖(F + λI) X v - v‖ / ‖v‖ for a fixed probe v.
-* A basis: Q and Λ themselves, for structures that damp the eigenvalues of a product.
-* Eigendecomposition for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that
-  rounding made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / (‖F‖ ‖v‖).
+* ``"cholesky"`` for p = 1: (F + λI)^-1. Its residual is ‖(F + λI) X v - v‖ / ‖v‖ for a fixed probe v.
+* ``"eigh"`` for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that rounding
+  made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / (‖F‖ ‖v‖). Also Q and Λ themselves, for structures that
+  damp the eigenvalues of a product.
+* Others by :func:`register_solver`, as these two are.
 
 The retry ladder: what is decomposed is symmetrised (Cholesky reads one triangle only); what fails is solved once more in
-float64, then in float64 with 1e-6 of its mean eigenvalue added. On an accelerator Cholesky does not retry, because that
-would wait for the device; its failures keep the previous root at once. Batched LU is never used: it is unreliable on CPU
+float64, then in float64 with 1e-6 of its mean eigenvalue added. On an accelerator only a solver that waits for the device
+anyway retries; failures of the others keep the previous root at once. Batched LU is never used: it is unreliable on CPU
 (pytorch#141358, #142815).
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,13 +40,14 @@ class How:
 
     Attributes:
         power: the exponent p of this factor.
-        solver: ``"cholesky"``, ``"eigh"`` or ``"basis"``.
+        solver: the name of a registered solver.
         dtype: dtype of the solve.
         outside: the damping is added to the denominator, outside the power.
         largest: the damping is a multiple of the largest eigenvalue, at least ``floor``.
         floor: where the damping is relative, its least value. A relative damping below :data:`SILENT` means that the
             factor has no signal yet: its root is the identity. ``None`` where the damping is absolute.
         tolerance: largest residual of a root that is used.
+        basis: eigenvectors and eigenvalues are wanted instead of a root.
     """
 
     power: float
@@ -55,6 +57,74 @@ class How:
     largest: bool = False
     floor: float | None = None
     tolerance: float = 0.1
+    basis: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether (F + λI)^-p is wanted, with λ known beforehand."""
+        return not (self.outside or self.largest or self.basis)
+
+
+Solve = Callable[[Tensor, Tensor, How], Solution]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to compute roots, see :func:`register_solver`."""
+
+    solve: Solve
+    takes: Callable[[How], bool]
+    waits: bool
+
+
+SOLVERS: dict[str, Solver] = {}
+"""All registered solvers, by name."""
+
+
+def register_solver(
+    name: str, solve: Solve, *, takes: Callable[[How], bool] = lambda how: how.plain, waits: bool = False
+) -> None:
+    """Teach the library a way to compute roots, ``Root(solver=name)``.
+
+    Retries, roots that are kept where a solve fails, and ``health()`` are the engine's work, the same for every solver.
+
+    Args:
+        name: a new name.
+        solve: (matrix ``[N, f, f]``, damping ``[N]``, how) -> (roots ``[N, f, f]``, residuals ``[N]``), in the dtype of the
+            matrix, which stays as it is. The matrix is scaled, symmetric up to rounding and not yet damped, see
+            :func:`damped`. A residual above ``how.tolerance``, or one that is not finite, is a failure, and so is a root
+            that is not finite. A basis has the eigenvalues as one more row, ``[N, f + 1, f]``.
+        takes: which roots it can compute; by default (F + λI)^-p with any p.
+        waits: whether it waits for the device anyway, so that it may retry there.
+
+    Raises:
+        ValueError: for a name that there is already.
+    """
+    if name == "auto" or name in SOLVERS:
+        raise ValueError(f"solver {name!r} exists; registered are {', '.join(map(repr, SOLVERS))}, and 'auto' chooses")
+    SOLVERS[name] = Solver(solve, takes, waits)
+
+
+def chosen(how: How) -> How:
+    """``how`` with a solver that takes it: the named one, or for ``"auto"`` the first that can.
+
+    Powers of the curvature itself, which only diagnostics ask for, are always taken by the first that can.
+
+    Raises:
+        ValueError: where the named one can't, with those that can.
+    """
+    able = [name for name, solver in SOLVERS.items() if solver.takes(how)]
+    if how.solver == "auto" or how.power < 0:
+        return replace(how, solver=able[0])
+    if how.solver not in able:
+        wanted = "a basis" if how.basis else f"the power {-how.power:g} of a factor"
+        damping = " with the damping outside of it" if how.outside else ""
+        damping = " with a damping relative to its largest eigenvalue" if how.largest else damping
+        raise ValueError(
+            f"solver={how.solver!r} does not compute {wanted}{damping}; "
+            f"use solver='auto' or one of {', '.join(map(repr, able))}"
+        )
+    return how
 
 
 @dataclass
@@ -69,7 +139,7 @@ class RootJob:
         root: ``[N, f, f]``, the previous roots.
         residual: ``[N]``, of the last solve.
         kept: ``[N]``, int64, how often the previous root was kept.
-        values: ``[N, f]``, for ``"basis"``: the eigenvalues, whose eigenvectors are the columns of ``root``.
+        values: ``[N, f]``, of a basis: the eigenvalues, whose eigenvectors are the columns of ``root``.
     """
 
     factor: Tensor
@@ -159,9 +229,9 @@ def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         Roots ``[N, f, f]`` (of a basis ``[N, f + 1, f]``, the eigenvalues as last row) and residuals ``[N]``; a root that
         failed has an infinite residual.
     """
-    attempt = _cholesky if how.solver == "cholesky" else _eigh
-    root, residual = attempt(matrix, damping, how)
-    if how.solver == "cholesky" and matrix.device.type != "cpu":
+    solver = SOLVERS[how.solver]
+    root, residual = _judged(solver.solve(matrix, damping, how))
+    if matrix.device.type != "cpu" and not solver.waits:
         return root, residual
     for jitter in (0.0, _JITTER):
         bad = (residual > how.tolerance).nonzero().flatten()
@@ -169,7 +239,7 @@ def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
             break
         again = _symmetric(matrix[bad].double())
         again.diagonal(dim1=-2, dim2=-1).add_(jitter * _mean_eigenvalue(again)[:, None])
-        retried, error = attempt(again, damping[bad].double(), how)
+        retried, error = _judged(solver.solve(again, damping[bad].double(), how))
         root[bad], residual[bad] = retried.to(root.dtype), error.to(residual.dtype)
     return root, residual
 
@@ -188,19 +258,27 @@ def _probe(matrix: Tensor) -> Tensor:
     return torch.where((number * 2654435761) % 4294967296 < 2147483648, 1.0, -1.0).to(matrix.dtype)[:, None]
 
 
-def _judged(root: Tensor, image: Tensor, residual: Tensor) -> Solution:
+def _judged(solution: Solution) -> Solution:
     """Make every failure an infinite residual; an entry that is not finite shows in the root's image of the probe."""
-    finite = image.isfinite().flatten(1).all(1) & residual.isfinite()
+    root, residual = solution
+    finite = (root @ _probe(root)).isfinite().flatten(1).all(1) & residual.isfinite()
     return root, torch.where(finite, residual, torch.inf)
 
 
+def damped(matrix: Tensor, damping: Tensor, how: How) -> Tensor:
+    """F + λI, ``[N, f, f]``, for a plain ``how``; the identity where a factor has no signal yet (see :class:`How`)."""
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+    return shifted if how.floor is None else torch.where(damping[:, None, None] > SILENT, shifted, _identity(matrix))
+
+
+def _identity(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
 def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    if how.floor is not None:
-        damped = torch.where(damping[:, None, None] > SILENT, damped, identity)
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    shifted, identity = damped(matrix, damping, how), _identity(matrix)
+    lower, failed = torch.linalg.cholesky_ex(shifted)
     if matrix.device.type == "cpu":
         if failed.any():  # what failed may be singular
             lower = torch.where(failed[:, None, None] == 0, lower, identity)
@@ -209,16 +287,15 @@ def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         root = inverse.mT @ inverse
     probe = _probe(matrix)
-    image = root @ probe
-    residual = (damped @ image - probe).norm(dim=(-2, -1)) / probe.norm()
-    return _judged(root, image, torch.where(failed == 0, residual, torch.inf))
+    residual = (shifted @ (root @ probe) - probe).norm(dim=(-2, -1)) / probe.norm()
+    return root, torch.where(failed == 0, residual, torch.inf)
 
 
 def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     matrix = _symmetric(matrix)
     values, vectors = _eigendecomposition(matrix)
     positive = values.clamp_min(0)
-    if how.solver == "basis":
+    if how.basis:
         root = torch.cat([vectors, positive[:, None, :]], 1)
     else:
         if how.largest:
@@ -230,7 +307,7 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     probe = _probe(matrix)
     error = (matrix @ probe - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
     norm = values.abs().amax(-1) * probe.norm()
-    return _judged(root, root @ probe, torch.where(norm > 0, error / norm, error))
+    return root, torch.where(norm > 0, error / norm, error)
 
 
 def _eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,3 +335,7 @@ def _power(value: Tensor, power: float) -> Tensor:
         -1.0: torch.reciprocal,
     }
     return named[power](value) if power in named else value**power
+
+
+register_solver("cholesky", _cholesky, takes=lambda how: how.plain and how.power == 1)
+register_solver("eigh", _eigh, takes=lambda how: True, waits=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .recipe import Recipe, Schedule
 from .units import Unit
 
 Record = dict[str, Any]
+T = TypeVar("T")
 COUNTERS = ("step", "updates", "warm")
 """What is counted for every unit: steps, statistics averaged, and whether these began with a warm start."""
 
@@ -186,11 +188,24 @@ class Storage:
 
 
 def structural(recipe: Recipe) -> Recipe:
-    """A recipe with its numbers, which may change from step to step, replaced by placeholders."""
-    moment = replace(recipe.moment, beta=0.0)
-    root = replace(recipe.root, damping=replace(recipe.damping, value=0.0, floor=0.0))
-    momentum = recipe.rule.momentum and replace(recipe.rule.momentum, beta=0.0, dampening=0.0)
-    grafting = recipe.rule.grafting and replace(recipe.rule.grafting, beta=0.0, eps=0.0)
-    model = recipe.rule.model and replace(recipe.rule.model, damping=0.0)
-    rule = replace(recipe.rule, momentum=momentum, grafting=grafting, clip=None, model=model, lr_decay=0.0)
-    return replace(recipe, moment=moment, root=root, rule=rule, schedule=Schedule())
+    """A recipe without what may change from step to step: for comparison only, since it need not be valid."""
+    rule = replace(recipe.rule, finish=(), clip=None)
+    return _without_numbers(replace(recipe, rule=rule, schedule=Schedule()))
+
+
+_FORM = ("exponent", "initial")
+"""The numbers that decide on the form of a state."""
+
+
+def _without_numbers(thing: T) -> T:
+    """A dataclass whose numbers, those that are floats by value or default and callables of the step, are blank."""
+    blank = copy.copy(thing)
+    for entry in fields(thing):  # type: ignore[arg-type]
+        value = getattr(thing, entry.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            object.__setattr__(blank, entry.name, _without_numbers(value))
+            continue
+        scheduled = callable(value) and not isinstance(value, type)
+        if entry.name not in _FORM and (scheduled or isinstance(value, float) or isinstance(entry.default, float)):
+            object.__setattr__(blank, entry.name, None)
+    return blank

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvlib.roots import How, RootJob, diagonal_root, refresh, solve
+from curvlib import CurvatureOptimizer, Damping, Moment, Recipe, Root, register_solver, roots
+from curvlib.blocks import EigenBlock
+from curvlib.roots import How, RootJob, chosen, damped, diagonal_root, refresh, solve
 
 C = 10.0  # constant of the error law, c·n·κ·u
 
@@ -204,3 +206,123 @@ def test_diagonal_roots():
     torch.testing.assert_close(diagonal_root(value, 1.0, 0.5, outside=False), (value + 1) ** -0.5)
     torch.testing.assert_close(diagonal_root(value, 1.0, 0.5, outside=True), 1 / (value**0.5 + 1))
     torch.testing.assert_close(diagonal_root(value, 1.0, 1 / 3, outside=False), (value + 1) ** (-1 / 3))
+
+
+# -- registered solvers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """``register_solver``, forgotten after the test."""
+    monkeypatch.setattr(roots, "SOLVERS", dict(roots.SOLVERS))
+    return register_solver
+
+
+def inverses(matrix, damping, how):
+    return torch.linalg.inv(damped(matrix, damping, how)), torch.zeros(len(matrix), dtype=matrix.dtype)
+
+
+def test_a_name_is_registered_once(register):
+    register("inverse", inverses)
+    for name in ("inverse", "cholesky", "eigh", "auto"):
+        with pytest.raises(ValueError, match=f"solver '{name}' exists; registered are 'cholesky', 'eigh', "):
+            register(name, inverses)
+
+
+def test_a_root_names_the_solvers_that_there_are(register):
+    with pytest.raises(ValueError, match=r"solver must be one of 'auto', 'cholesky', 'eigh'.*, got 'inverse'"):
+        Root(solver="inverse")
+    register("inverse", inverses)
+    assert Root(solver="inverse").solver == "inverse"
+    with pytest.raises(ValueError, match="'inverse', got 'lu'"):
+        Root(solver="lu")
+
+
+def test_a_registered_solver_gets_all_of_a_size_at_once_scaled(register):
+    calls = []
+    register("inverse", lambda matrix, *rest: calls.append(matrix.shape) or inverses(matrix, *rest))
+    jobs = [job(spd(n, 4, 10, seed=n), How(1.0, "inverse", torch.float64), 0.1 * n, float(n)) for n in (1, 2)]
+    refresh(jobs)
+    assert calls == [(3, 4, 4)]
+    for n, one in zip((1, 2), jobs, strict=True):
+        torch.testing.assert_close(one.root, oracle(n * one.factor, 0.1 * n, 1.0))
+
+
+@pytest.mark.parametrize("failure", [1.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("cured_by", ["float64", "jitter", "nothing"])
+def test_a_registered_solver_has_the_retry_ladder(register, failure, cured_by):
+    matrix, seen = spd(3, 5, 10).float(), []
+
+    def moody(some, damping, how):
+        seen.append((some.dtype, len(some)))
+        root, residual = inverses(some, damping, how)
+        cured = {"float64": len(seen) > 1, "jitter": len(seen) > 2, "nothing": False}[cured_by]
+        if not cured:
+            residual[0 if len(seen) > 1 else 1] = failure
+        return root, residual
+
+    register("moody", moody)
+    one = job(matrix, How(1.0, "moody", torch.float32))
+    refresh([one])
+    calls = [(torch.float32, 3), (torch.float64, 1), (torch.float64, 1)]
+    assert seen == calls[: 2 if cured_by == "float64" else 3]
+    assert one.kept.tolist() == [0, int(cured_by == "nothing"), 0]
+    for row in range(3):
+        if row == 1 and cured_by == "nothing":
+            assert (one.root[row] == 7).all()
+        else:
+            torch.testing.assert_close(one.root[row].double(), oracle(matrix[row], 0.0, 1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_root_that_is_not_finite_has_failed_whatever_its_residual(register):
+    register("broken", lambda matrix, damping, how: (matrix / 0, torch.zeros(len(matrix), dtype=matrix.dtype)))
+    one = job(spd(2, 3, 10), How(1.0, "broken", torch.float64))
+    refresh([one])
+    assert one.kept.tolist() == [1, 1]
+    assert (one.root == 7).all()
+
+
+def test_a_solver_is_asked_only_for_what_it_takes(register):
+    register("inverse", inverses, takes=lambda how: how.plain and how.power == 1)
+    wanted = How(1.0, "inverse", torch.float64)
+    assert chosen(wanted) is wanted
+    assert chosen(How(-0.5, "inverse", torch.float64)).solver == "eigh"
+    assert chosen(How(1.0, "auto", torch.float64)).solver == "cholesky"
+    assert chosen(How(0.5, "auto", torch.float64)).solver == "eigh"
+    for how, words in {
+        How(0.5, "inverse", torch.float64): "the power -0.5 of a factor; use solver='auto' or one of 'eigh'",
+        How(1.0, "inverse", torch.float64, outside=True): "the power -1 of a factor with the damping outside of it",
+        How(1.0, "inverse", torch.float64, largest=True): "with a damping relative to its largest eigenvalue",
+        How(1.0, "inverse", torch.float64, basis=True): "a basis",
+    }.items():
+        with pytest.raises(ValueError, match=r"solver='inverse' does not compute") as caught:
+            chosen(how)
+        assert words in str(caught.value)
+
+
+def test_a_factor_without_signal_is_damped_to_the_identity():
+    matrix, damping = torch.stack([torch.zeros(3, 3), torch.eye(3)]), torch.tensor([0.0, 0.5])
+    relative = How(1.0, "cholesky", torch.float32, floor=0.0)
+    torch.testing.assert_close(damped(matrix, damping, relative), torch.stack([torch.eye(3), 1.5 * torch.eye(3)]))
+    absolute = How(1.0, "cholesky", torch.float32)
+    torch.testing.assert_close(damped(matrix, damping, absolute)[0], torch.zeros(3, 3))
+    assert torch.equal(matrix[1], torch.eye(3))
+
+
+def test_a_registered_solver_may_find_bases(register):
+    def svd(matrix, damping, how):
+        vectors, values, _ = torch.linalg.svd(matrix)
+        return torch.cat([vectors, values[:, None]], 1), torch.zeros(len(matrix), dtype=matrix.dtype)
+
+    register("svd", svd, takes=lambda how: how.basis)
+    steps = []
+    for solver in ("svd", "auto"):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
+        root = Root(0.5, Damping(0.1), solver=solver)
+        optimizer = CurvatureOptimizer([weight], Recipe("| o, i", Moment(), root, block=EigenBlock), lr=1.0)
+        for _ in range(3):
+            weight.grad = torch.randn(4, 3, dtype=torch.float64)
+            optimizer.step()
+        steps.append(weight.detach())
+    torch.testing.assert_close(*steps)

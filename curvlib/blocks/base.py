@@ -157,6 +157,9 @@ class Block:
     def average(self, state: State, means: Sequence[Means], keep: Weight, gain: Weight) -> None:
         """Average what was collected in, F <- keep F + gain S, in place.
 
+        This takes all statistics to be second moments, which add up; a structure whose statistics do not, such as square
+        roots, has its own.
+
         Args:
             state: name -> ``[n, *shape]``.
             means: for each of the n operands its collected statistics.

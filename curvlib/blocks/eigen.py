@@ -11,7 +11,7 @@ from ..checks import number
 from ..layout import FactorShape, Layout
 from ..moments import power
 from ..recipe import Recipe
-from ..roots import SILENT, How, RootJob, diagonal_root, solve
+from ..roots import SILENT, RootJob, diagonal_root, solve
 from .base import Spec, State
 from .standard import Place, StandardBlock, spread
 
@@ -44,7 +44,7 @@ class EigenBlock(StandardBlock):
     def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
         """A job for the basis of every dense factor."""
         for index in range(len(self.layout.regions)):
-            for place, factor, factor_scale, _, how in self._prepared(state, index, recipe, scale, 1.0):
+            for place, factor, factor_scale, _, how in self._prepared(state, index, recipe, scale, 1.0, basis=True):
                 if place.region != index:
                     continue
                 values = state[f"values_{place.name}"].flatten(0, 1)
@@ -53,7 +53,7 @@ class EigenBlock(StandardBlock):
                     continue
                 basis = state[f"basis_{place.name}"].flatten(0, 1)
                 residual, kept = (state[f"{what}_{place.name}"].flatten() for what in ("residual", "kept"))
-                yield RootJob(factor, factor_scale, 0.0, _basis(how, recipe), basis, residual, kept, values)
+                yield RootJob(factor, factor_scale, 0.0, how, basis, residual, kept, values)
 
     def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
         """Rotate into the eigenbases, divide, rotate back; another exponent than the recipe's is solved for now."""
@@ -77,12 +77,12 @@ class EigenBlock(StandardBlock):
         if exponent == recipe.root.exponent:
             basis = state.get(f"basis_{place.name}")
             return None if basis is None else basis.flatten(0, 1), state[f"values_{place.name}"].flatten(0, 1)
-        for other, factor, factor_scale, _, how in self._prepared(state, index, recipe, scale, 1.0):
+        for other, factor, factor_scale, _, how in self._prepared(state, index, recipe, scale, 1.0, basis=True):
             if other is place:
                 if factor.ndim == 2:
                     return None, factor * _column(factor_scale)
                 matrix = factor * (factor_scale[:, None, None] if isinstance(factor_scale, Tensor) else factor_scale)
-                solved, _ = solve(matrix, matrix.new_zeros(matrix.shape[0]), _basis(how, recipe))
+                solved, _ = solve(matrix, matrix.new_zeros(matrix.shape[0]), how)
                 return solved[:, :-1], solved[:, -1]
         raise AssertionError(place)
 
@@ -117,10 +117,6 @@ class EigenBlock(StandardBlock):
         if root.relative_to is not None and exponent > 0:
             divided = torch.where(damping > SILENT, divided, 1.0)
         return divided[:, None]
-
-
-def _basis(how: How, recipe: Recipe) -> How:
-    return How(1.0, "basis", how.dtype, tolerance=recipe.root.tolerance)
 
 
 def _column(scale: Tensor | float) -> Tensor | float:

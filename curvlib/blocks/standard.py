@@ -14,7 +14,7 @@ from ..contraction import Place, Target, add_independent, add_samples, independe
 from ..layout import FactorShape, Layout, Region
 from ..moments import Weight
 from ..recipe import Recipe
-from ..roots import SILENT, How, RootJob, diagonal_root, solve
+from ..roots import SILENT, How, RootJob, chosen, diagonal_root, solve
 from ..signals import Signal
 from .base import Block, Spec, State, Sums
 
@@ -92,7 +92,7 @@ class StandardBlock(Block):
         sums.fresh = False
 
     def _prepared(
-        self, state: State, index: int, recipe: Recipe, scale: float, exponent: float
+        self, state: State, index: int, recipe: Recipe, scale: float, exponent: float, basis: bool = False
     ) -> Iterator[tuple[Place, Tensor, Tensor | float, Tensor | float, How]]:
         """(place, factor, scale, damping, how) of a region's factors, ``[n * rows, …]``."""
         region, places = self.layout.regions[index], self._places[index]
@@ -102,7 +102,7 @@ class StandardBlock(Block):
         damped = moments.dampings(factors, scaled, recipe.damping, rows)
         power = moments.power(exponent, recipe.moment.composition, len(places))
         for place, factor, factor_scale, damping in zip(places, factors, scaled, damped, strict=True):
-            yield place, factor, factor_scale, damping, _how(recipe, power, factor.dtype)
+            yield place, factor, factor_scale, damping, _how(recipe, power, factor.dtype, basis)
 
     def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
         """A job for every dense factor; diagonal factors are done at once."""
@@ -227,24 +227,21 @@ def _active(region: Region, composition: str) -> list[int]:
     return [number for number in numbers if region.factors[number].size > 1] or numbers[:1]
 
 
-def _how(recipe: Recipe, power: float, dtype: torch.dtype) -> How:
+def _how(recipe: Recipe, power: float, dtype: torch.dtype, basis: bool) -> How:
     root, damping = recipe.root, recipe.damping
-    largest = damping.relative_to == "largest"
-    possible = power == 1 and not damping.outside and not largest
-    if root.solver == "cholesky" and not possible and power >= 0:
-        raise ValueError(
-            f"solver='cholesky' inverts, with a damping inside the root; here each factor has the power {power:g}, "
-            f"outside={damping.outside}, relative_to={damping.relative_to!r}: use solver='auto' or 'eigh'"
-        )
-    return How(
+    dtype = torch.float64 if root.dtype == "float64" else dtype
+    if basis:  # its damping comes later
+        return chosen(How(1.0, root.solver, dtype, tolerance=root.tolerance, basis=True))
+    how = How(
         power=power,
-        solver="cholesky" if possible and root.solver != "eigh" else "eigh",
-        dtype=torch.float64 if root.dtype == "float64" else dtype,
+        solver=root.solver,
+        dtype=dtype,
         outside=damping.outside and power > 0,
-        largest=largest and power > 0,
+        largest=damping.relative_to == "largest" and power > 0,
         floor=as_float(damping.floor) if damping.relative_to is not None and power > 0 else None,
         tolerance=root.tolerance,
     )
+    return chosen(how)
 
 
 def _rows(value: Tensor | float, factor: Tensor) -> Tensor:
