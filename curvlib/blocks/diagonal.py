@@ -16,6 +16,7 @@ from ..contraction import Target, add_independent, add_samples, independent_plac
 from ..layout import Layout
 from ..moments import Weight
 from ..recipe import Damping, Recipe
+from ..roots import SILENT
 from ..signals import Signal
 from .base import Block, Means, Spec, State, Sums
 
@@ -81,10 +82,14 @@ class DiagonalBlock(Block):
             torch._foreach_maximum_(state["peak"], rows)
 
     def apply(self, state: State, operand: list[Tensor], recipe: Recipe, exponent: float, scale: float) -> list[Tensor]:
-        """(scale v + λ)^-p g, or g / ((scale v)^p + ε)."""
+        """(scale v + λ)^-p g, or g / ((scale v)^p + ε); g where a relative λ says that there is no signal yet."""
         value = self._value(state, scale)
         damping = recipe.damping
         shift = _shifts(value, damping) if exponent > 0 else 0.0
+        if isinstance(shift, list):
+            silent = [one <= SILENT for one in shift]
+            shift = [one.masked_fill(quiet, 1.0) for one, quiet in zip(shift, silent, strict=True)]
+            value = [one.masked_fill(quiet, 0.0) for one, quiet in zip(value, silent, strict=True)]
         if not damping.outside:
             torch._foreach_add_(value, shift)
         if exponent == 0.5:

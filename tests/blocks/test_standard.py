@@ -261,3 +261,16 @@ def test_the_diagonal_block_is_the_standard_block_with_one_diagonal_factor(data,
     theirs = standard.apply(packed, gradients, recipe, exponent, 1.7)
     torch.testing.assert_close(torch.stack(mine), theirs, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(diagonal.dense(state, recipe, 1.7), standard.dense(packed, recipe, 1.7))
+
+
+@pytest.mark.parametrize("relative", ["trace", "layer", "largest"])
+def test_the_diagonal_block_leaves_a_gradient_without_signal_alone(relative):
+    """As the standard block does: a relative damping of nothing is nothing, and 0 / 0 is no direction."""
+    layout = Partition("... |").layout({"c": 3})
+    recipe = Recipe("... |", root=Root(0.5, Damping(0.1, relative)))
+    block = block_for(layout, recipe)
+    state = {"moment": [torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64)]}
+    gradients = [torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64)]
+    silent, known = block.apply(state, gradients, recipe, 0.5, 1.0)
+    assert torch.equal(silent, gradients[0])
+    torch.testing.assert_close(known, gradients[1] / 1.1**0.5)
