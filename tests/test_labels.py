@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from curvlib import sample_labels
+from curvlib.labels import seeds
 
 COUNT = 40000
 
@@ -40,3 +41,13 @@ def test_draws_repeat_with_their_generator_and_carry_no_graph():
         ValueError, match="likelihood must be one of 'categorical', 'bernoulli', 'gaussian', got 'poisson'"
     ):
         sample_labels(logits, "poisson")
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_outputs_that_are_not_finite_give_labels_and_gradients_that_tell(likelihood):
+    logits = torch.tensor([[0.0, 1.0], [float("nan"), 0.0], [float("inf"), 0.0]])
+    labels = sample_labels(logits, likelihood, torch.Generator().manual_seed(0))
+    assert len(labels) == 3
+    (seed,) = seeds(logits, likelihood, "sampled", generator=torch.Generator().manual_seed(0))
+    assert seed[0].isfinite().all()
+    assert not seed[1].isfinite().all()
