@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..blocks import Block, EigenBlock, StandardBlock
 from ..partition import Partition
 from ..recipe import Damping, Moment, Recipe, Root
-from . import blocks, partitions, recipes
+from . import blocks, recipes
+from . import partitions as partitions_of
 from .properties import hold
 
 
@@ -38,7 +38,9 @@ def check_block(
         raise ValueError("partitions must name at least one partition")
     recipe = recipe or Recipe(given[0], Moment(), Root(1, Damping(1.0)))
     drawn = blocks.trials(block, recipe, given)
-    hold(block.__name__, blocks.PROPERTIES, drawn, examples)
+    # A standard block that is damped factor by factor is what its layout says, factor by factor.
+    defined = issubclass(block, StandardBlock) and block.damps == "factors"
+    hold(block.__name__, [*blocks.PROPERTIES, *(partitions_of.FACTORS if defined else ())], drawn, examples)
 
 
 def check_partition(partition: str | Partition, *, examples: int = 25) -> None:
@@ -59,12 +61,13 @@ def check_partition(partition: str | Partition, *, examples: int = 25) -> None:
         drawn = blocks.trials(structure, recipe, [partition])
         what = f"the partition {str(partition)!r} under {structure.__name__}, {composition},"
         if structure is StandardBlock:
-            hold(what, _partition_properties(composition), drawn, examples)
+            hold(
+                what,
+                partitions_of.PROPERTIES if composition == "independent" else partitions_of.FACTORS,
+                drawn,
+                examples,
+            )
         hold(what, blocks.PROPERTIES, drawn, examples)
-
-
-def _partition_properties(composition: str) -> Sequence[Any]:
-    return partitions.PROPERTIES if composition == "independent" else partitions.PROPERTIES[-1:]
 
 
 def check_recipe(recipe: recipes.Target, *, model: recipes.Build | None = None, examples: int = 8) -> None:

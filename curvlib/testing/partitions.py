@@ -146,6 +146,16 @@ def _damped(factor: Tensor, damping: float, exponent: float) -> Tensor:
     return _power(factor + damping * torch.eye(len(factor), dtype=torch.float64), -exponent)
 
 
+FACTORS: Sequence[Property[Trial]] = (
+    Property(
+        "damped factors",
+        "apply() multiplies every mode by its factor's (F + λI)^-p",
+        "swapped factors: modes multiplied with each other's; a root applied to the wrong block, or a forgotten damping",
+        _solved,
+    ),
+)
+"""Of structures whose factors are damped one by one."""
+
 PROPERTIES: Sequence[Property[Trial]] = (
     Property("text", "a partition read from its own text is the same", "a term that str() leaves out", _reads),
     Property("cover", "every entry lies in exactly one block", "a cut that loses a remainder", _covers),
@@ -156,10 +166,5 @@ PROPERTIES: Sequence[Property[Trial]] = (
         "factors swapped, a wrong scale, or ties averaged twice",
         _defined,
     ),
-    Property(
-        "damped factors",
-        "apply() multiplies every mode by its factor's (F + λI)^-p",
-        "modes multiplied with each other's factors, a root applied to the wrong block, or a forgotten damping",
-        _solved,
-    ),
+    *FACTORS,
 )

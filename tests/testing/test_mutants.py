@@ -45,7 +45,7 @@ class Ekfac(Block):
             # Which new vector is which old one; the second moment goes along.
             moved = (new.mT @ state[basis]).square()
             second = state["second"]
-            state["second"] = moved @ second if mode == 1 else second @ moved.mT
+            second.copy_(moved @ second if mode == 1 else second @ moved.mT)
             state[basis].copy_(new)
         return ()
 
@@ -116,6 +116,24 @@ class Complement(StandardBlock):
         super().update(state, operand, 1.0 - gain, gain)
 
 
+class SwappedRoots(StandardBlock):
+    """The stored roots of equal sizes change places; the factors do not."""
+
+    def _apply_stored(self, state, blocks, recipe):
+        left, right = state.get("root_0_0"), state.get("root_0_1")
+        if left is None or right is None or left.shape != right.shape:
+            return super()._apply_stored(state, blocks, recipe)
+        return super()._apply_stored({**state, "root_0_0": right, "root_0_1": left}, blocks, recipe)
+
+
+class Replaced(Ekfac):
+    """A tensor of the state is replaced by another."""
+
+    def update(self, state, operand, keep, gain):
+        super().update(state, operand, keep, gain)
+        state["second"] = state["second"].clone()
+
+
 class Neighbour(StandardBlock):
     """The roots of one block are applied to the next."""
 
@@ -182,6 +200,10 @@ def test_swapped_factors_are_caught():
     assert "o=2, i=2" in message, "the example is shrunk"
 
 
+def test_swapped_roots_are_caught():
+    assert "swapped factors" in caught(block(SwappedRoots, "| o, i"), "damped factors")
+
+
 def test_a_transposed_eigenbasis_is_caught():
     message = caught(block(Transposed, "| o, i", "o | i"), "damped root")
     assert "a transposed eigenbasis" in message
@@ -209,6 +231,12 @@ def test_state_that_does_not_survive_saving_is_caught():
     assert "does not survive saving" in caught(block(Forgetful), "state")
     recipe = Recipe("| ...", root=Root(1, Damping(0.1)), schedule=Schedule(refresh=3), block=Forgetful)
     assert "does not survive saving" in caught(lambda: check_recipe(recipe), "resume", "separation")
+
+
+def test_state_that_is_replaced_is_caught():
+    recipe = Recipe("| (o i)", Moment(), Root(1, Damping(1.0)))
+    message = caught(block(Replaced, "| (o i)", recipe=recipe), "state")
+    assert "state 'second' was replaced by another tensor" in message
 
 
 def test_a_root_applied_to_the_wrong_block_is_caught():
