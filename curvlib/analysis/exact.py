@@ -71,7 +71,7 @@ def fisher(
             continue
         for _ in range(samples):
             seed = drawn_gradient(outputs, likelihood, generator) * (scale / samples) ** 0.5
-            gradients = torch.einsum("nk,nkd->nd", seed.flatten(1), jacobian)
+            gradients = torch.einsum("nk,nkd->nd", entries(seed), jacobian)
             total.addmm_(gradients.mT, gradients)
     return (total + total.mT).div_(2 * len(objective))
 
@@ -131,6 +131,11 @@ def jacobians(objective: Objective, names: Sequence[str]) -> Iterator[tuple[Tens
         yield flat(found, names, 2), value
 
 
+def entries(outputs: Tensor) -> Tensor:
+    """The outputs of every example in a row, ``[n, K]``, also where an example has a single one without a dimension."""
+    return outputs.reshape(len(outputs), -1)
+
+
 def _chunk(objective: Objective, names: Sequence[str], outputs: int = 1) -> int:
     return max(1, _WORK // (8 * outputs * objective.numel(names)))
 
@@ -142,11 +147,10 @@ def output_hessian(outputs: Tensor, likelihood: Likelihood) -> Tensor:
     The likelihood is categorical over the last dimension at every position: diag(p) - p pᵀ; or independent over entries:
     p (1 - p) for ``"bernoulli"``, 1 for ``"gaussian"``.
     """
-    entries = outputs.flatten(1)
     if likelihood == "gaussian":
-        return torch.ones_like(entries).diag_embed()
+        return torch.ones_like(entries(outputs)).diag_embed()
     if likelihood == "bernoulli":
-        p = entries.sigmoid()
+        p = entries(outputs).sigmoid()
         return (p * (1 - p)).diag_embed()
     p = outputs.softmax(-1)
     blocks = p.diag_embed() - p[..., :, None] * p[..., None, :]  # n … k k

@@ -19,7 +19,13 @@ Of = nn.Module | Tensor | str
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _MIXES = (nn.modules.batchnorm._BatchNorm,)
-_DRAWS = (nn.modules.dropout._DropoutNd, nn.RReLU)
+_DRAWS = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether it draws random numbers in training mode."""
+    rate = getattr(module, "dropout", getattr(module, "p", 0.0))
+    return isinstance(module, nn.RReLU) or (isinstance(module, _DRAWS) and rate > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +66,16 @@ class Objective:
         if self.scale is not None:
             check_number("scale", self.scale, strict=True)
         for name, module in self.model.named_modules():
-            if not module.training:
-                continue
-            if isinstance(module, _MIXES) or (isinstance(module, _DRAWS) and getattr(module, "p", 1) != 0):
+            label = name or type(module).__name__
+            if isinstance(module, _MIXES) and module.running_mean is None:
+                raise ValueError(
+                    f"{label} mixes examples in any mode, so that no example has a loss of its own: it needs running "
+                    "statistics (track_running_stats=True)"
+                )
+            if module.training and (isinstance(module, _MIXES) or _draws(module)):
                 what = "mixes examples" if isinstance(module, _MIXES) else "draws random numbers"
                 raise ValueError(
-                    f"{name or type(module).__name__} {what} in training mode, so that no example has a loss of its own: "
-                    "call model.eval() first"
+                    f"{label} {what} in training mode, so that no example has a loss of its own: call model.eval() first"
                 )
 
     def __len__(self) -> int:
@@ -94,6 +103,7 @@ class Objective:
         return [name for name in known if name in chosen]
 
     def _of(self, part: Of, known: Mapping[str, Tensor]) -> list[str]:
+        label = part if isinstance(part, str) else type(part).__name__
         modules = dict(self.model.named_modules())
         if isinstance(part, str) and part in modules:
             part = modules[part]
@@ -101,9 +111,10 @@ class Objective:
             mine = set(part.parameters())
             found = [name for name, parameter in known.items() if parameter in mine]
         else:
-            found = [name for name, parameter in known.items() if name == part or parameter is part]
+            aliases = dict(self.model.named_parameters(remove_duplicate=False))  # a tied weight has several names
+            wanted = aliases.get(part) if isinstance(part, str) else part
+            found = [name for name, parameter in known.items() if parameter is wanted]
         if not found:
-            label = part if isinstance(part, str) else type(part).__name__
             raise ValueError(
                 f"no trainable parameter of {type(self.model).__name__} belongs to {label!r}; it has {', '.join(known)}"
             )
@@ -212,12 +223,12 @@ def _of_module(loss: Loss) -> tuple[Likelihood, str, float] | None:
     if weighted or reduction == "none":
         return None
     for kind, likelihood, factor in _MODULES:
-        if isinstance(loss, kind):
+        if isinstance(loss, kind) and type(loss).forward is kind.forward:  # a subclass may compute something else
             return likelihood, reduction, factor
     return None
 
 
-_MODULES: Sequence[tuple[type, Likelihood, float]] = (
+_MODULES: Sequence[tuple[type[nn.Module], Likelihood, float]] = (
     (nn.CrossEntropyLoss, "categorical", 1.0),
     (nn.BCEWithLogitsLoss, "bernoulli", 1.0),
     (nn.MSELoss, "gaussian", 2.0),

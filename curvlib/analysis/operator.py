@@ -92,8 +92,7 @@ class Operator:
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Products with ``[D]`` or ``[D, m]``."""
-        if other.shape[0] != self.shape[0] or other.ndim > 2:
-            raise ValueError(f"expected [{self.shape[0]}] or [{self.shape[0]}, m], got {list(other.shape)}")
+        self._check(other)
         columns = other.to(self.dtype).view(self.shape[0], -1).mT
         total = torch.zeros_like(columns)
         with double_differentiable():
@@ -103,6 +102,11 @@ class Operator:
                     part = columns[start : start + self._columns]
                     total[start : start + self._columns] += torch.vmap(product)(part)
         return (total.mT / len(self.objective)).reshape(other.shape)
+
+    def _check(self, other: Tensor) -> None:
+        size = self.shape[0]
+        if other.ndim not in (1, 2) or other.shape[0] != size:
+            raise ValueError(f"expected [{size}] or [{size}, m], got {list(other.shape)}")
 
     def _product(self, number: int, inputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
         """The map from v to the sum over a chunk's examples of their curvature times v."""
@@ -121,7 +125,12 @@ class Operator:
             return _sandwich(losses, point, lambda image: image)
         if self.kind == "sampled":
             seeds = self._seeds[number]  # s n …
-            return _sandwich(lambda vector: (seeds * outputs(vector)).flatten(2).sum(2), point, lambda image: image)
+            places = tuple(range(2, seeds.ndim))
+            return _sandwich(
+                lambda vector: (seeds * outputs(vector)).sum(places) if places else seeds * outputs(vector),
+                point,
+                lambda image: image,
+            )
         assert self._known is not None
         likelihood, scale = self._known
         return _exact(outputs, point, likelihood, scale)
@@ -164,29 +173,44 @@ class Operator:
 
         Raises:
             ValueError: for λ = 0, where F may be singular.
-            RuntimeError: where the tolerance is not reached, or the matrix turns out not to be positive definite.
+            RuntimeError: where the tolerance is not reached, for want of iterations or digits, or the matrix turns out not to
+                be positive definite.
         """
+        self._check(other)
         check_number("damping", damping, strict=True)
         check_number("tolerance", tolerance, strict=True)
         b = other.to(self.dtype).reshape(self.shape[0], -1)
-        x, residual = torch.zeros_like(b), b.clone()
-        direction = residual.clone()
-        energy = residual.square().sum(0)
-        goal = energy.sqrt() * tolerance
-        for _ in range(iterations or 10 * self.shape[0]):
-            if bool((energy.sqrt() <= goal).all()):
+        size = b.norm(dim=0)
+        x, left, before = torch.zeros_like(b), iterations or 10 * self.shape[0], float("inf")
+        while True:
+            residual = b - (self @ x + damping * x)  # the true one: what the recursion carries along drifts
+            share = torch.where(size > 0, residual.norm(dim=0) / size, 0.0)
+            if bool((share <= tolerance).all()):
                 return x.reshape(other.shape)
+            worst = share.max().item()
+            if not left or not worst < before / 2:
+                way = "take a larger damping or tolerance, or dtype=torch.float64" if left else "allow more iterations"
+                raise RuntimeError(
+                    f"conjugate gradients stand at a relative residual of {worst:.1e} ({self.dtype}): {way}"
+                )
+            correction, left = self._descend(residual, size * tolerance, damping, left)
+            x, before = x + correction, worst
+
+    def _descend(self, residual: Tensor, goal: Tensor, damping: float, left: int) -> tuple[Tensor, int]:
+        """(solution, iterations left) of conjugate gradients from zero; columns that are at their goal rest."""
+        x, direction, energy = torch.zeros_like(residual), residual, residual.square().sum(0)
+        while left and bool((active := energy.sqrt() > goal).any()):
             image = self @ direction + damping * direction
             curvature = (direction * image).sum(0)
-            if bool((curvature[energy > 0] <= 0).any()):
+            if bool((curvature[active] <= 0).any()):
                 raise RuntimeError(f"F + {damping:g} I is not positive definite; take a larger damping, or a Fisher")
-            step = torch.where(energy > 0, energy / curvature, 0.0)
-            x += step * direction
-            residual -= step * image
+            step = torch.where(active, energy / curvature, 0.0)
+            x = x + step * direction
+            residual = residual - step * image
             before, energy = energy, residual.square().sum(0)
-            direction = residual + torch.where(before > 0, energy / before, 0.0) * direction
-        worst = (energy.sqrt() / goal * tolerance).max().item()
-        raise RuntimeError(f"conjugate gradients stand at a relative residual of {worst:.1e}; allow more iterations")
+            direction = torch.where(active, residual + energy / before * direction, direction)
+            left -= 1
+        return x, left
 
     def extremes(self, iterations: int = 64) -> tuple[float, float]:
         """(least, largest) eigenvalue by the Lanczos process with full reorthogonalisation.
