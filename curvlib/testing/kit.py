@@ -55,19 +55,18 @@ def check_partition(partition: str | Partition, *, examples: int = 25) -> None:
         PartitionError: where the text is none.
     """
     partition = partition if isinstance(partition, Partition) else Partition(partition)
-    for structure, composition in ((StandardBlock, "independent"), (StandardBlock, "trace"), (EigenBlock, "trace")):
+    pairs: Sequence[tuple[type[Block], str]] = (
+        (StandardBlock, "independent"),
+        (StandardBlock, "trace"),
+        (EigenBlock, "trace"),
+    )
+    for structure, composition in pairs:
         moment = Moment(composition=composition)  # type: ignore[arg-type]
         recipe = Recipe(partition, moment, Root(1, Damping(1.0)))
         drawn = blocks.trials(structure, recipe, [partition])
         what = f"the partition {str(partition)!r} under {structure.__name__}, {composition},"
-        if structure is StandardBlock:
-            hold(
-                what,
-                partitions_of.PROPERTIES if composition == "independent" else partitions_of.FACTORS,
-                drawn,
-                examples,
-            )
-        hold(what, blocks.PROPERTIES, drawn, examples)
+        own = partitions_of.PROPERTIES if composition == "independent" else partitions_of.FACTORS
+        hold(what, [*(own if structure.damps == "factors" else ()), *blocks.PROPERTIES], drawn, examples)
 
 
 def check_recipe(recipe: recipes.Target, *, model: recipes.Build | None = None, examples: int = 8) -> None:
