@@ -151,10 +151,9 @@ class Objective:
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """The model at some parameters; those that are not given stay as they are."""
-        with torch.no_grad():
-            rest = {name: self._cast(value) for name, value in self.model.named_parameters() if name not in parameters}
-            rest |= {name: self._cast(value) for name, value in self.model.named_buffers()}
-        result: Tensor = functional_call(self.model, {**rest, **parameters}, (self._cast(inputs),))
+        held = (*self.model.named_parameters(), *self.model.named_buffers())
+        rest = {name: self._cast(value.detach()) for name, value in held if name not in parameters}
+        result: Tensor = functional_call(self.model, {**rest, **parameters}, (self._cast(inputs.detach()),))
         return result
 
     def example_loss(self, output: Tensor, target: Tensor) -> Tensor:
