@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from curvlib.analysis import Objective, fisher, hessian
+from curvlib.analysis import Objective, Operator, fisher, hessian
 from tests.analysis.problems import (
     F64,
     LOSSES,
@@ -190,6 +190,15 @@ def test_nothing_is_left_on_the_model():
     assert all(torch.equal(value, before[name]) for name, value in some.model.state_dict().items())
     assert all(parameter.grad is None for parameter in some.model.parameters())
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
+
+
+@pytest.mark.parametrize("labels", ["data", "exact", "sampled"])
+def test_results_carry_no_graph(labels):
+    some = problem()
+    objective = Objective(some.model, some.loss, some.inputs.requires_grad_(), some.targets)
+    results = [fisher(objective, labels, "0"), hessian(objective, "0"), objective.gradient("0")]
+    results += [Operator(objective, kind, "0").dense() for kind in (labels, "hessian")]
+    assert not any(result.requires_grad for result in results)
 
 
 def test_chunks_of_examples_do_not_matter(monkeypatch):
