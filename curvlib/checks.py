@@ -46,6 +46,16 @@ def check_period(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number of steps from 1, got {value!r}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no whole number from 1.
+
+    Raises:
+        ValueError: naming the parameter, the value and what is allowed.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+
+
 def number(value: Number | Fraction) -> float:
     """A setting that has been resolved, as a float."""
     return float(value)  # type: ignore[arg-type]

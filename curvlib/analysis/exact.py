@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_period
+from ..checks import check_choice, check_count
 from ..labels import Likelihood, sample_labels
 from ..recipe import Labels
 from .objective import Objective, Of, double_differentiable, flat, pullback, unflat
@@ -54,7 +54,7 @@ def fisher(
         ValueError: where it would be larger, or the loss has no known Hessian; says what to do.
     """
     check_choice("labels", labels, ("data", "sampled", "exact"))
-    check_period("samples", samples)
+    check_count("samples", samples)
     names = objective.names(of)
     size = objective.numel(names)
     check_size(size, objective.precision, limit)

@@ -65,6 +65,9 @@ class Objective:
             check_choice("likelihood", self.likelihood, LIKELIHOODS)
         if self.scale is not None:
             check_number("scale", self.scale, strict=True)
+        ignored = getattr(self.loss, "ignore_index", -100 if self.loss is F.cross_entropy else None)
+        if ignored is not None and self.targets.ndim == 1 and bool((self.targets == ignored).any()):
+            raise ValueError(f"targets hold the ignored class {ignored}, which has no loss: leave such examples out")
         for name, module in self.model.named_modules():
             label = name or type(module).__name__
             if isinstance(module, _MIXES) and module.running_mean is None:
@@ -151,14 +154,18 @@ class Objective:
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """The model at some parameters; those that are not given stay as they are."""
-        held = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        rest = {name: self._cast(value.detach()) for name, value in held.items() if name not in parameters}
-        result: Tensor = functional_call(self.model, {**rest, **parameters}, (self._cast(inputs),))
+        held = (*self.model.named_parameters(), *self.model.named_buffers())
+        rest = {name: self._cast(value.detach()) for name, value in held if name not in parameters}
+        result: Tensor = functional_call(self.model, {**rest, **parameters}, (self._cast(inputs.detach()),))
         return result
 
     def example_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss of one example, without its batch dimension."""
         value = self.loss(output[None], self._cast(target)[None])
+        if value.numel() != 1:
+            raise ValueError(
+                f"the loss of an example must be one number, got shape {list(value.shape)}: reduce it to a mean or a sum"
+            )
         return value.reshape(())
 
     def gradient(self, of: Of | Sequence[Of] | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_period
+from ..checks import check_choice, check_count, check_number
 from ..labels import Likelihood, hessian_product
 from .exact import LIMIT, check_size, drawn_gradient
 from .objective import Objective, Of, double_differentiable, flat, pullback, unflat
@@ -63,7 +63,7 @@ class Operator:
     ) -> None:
         check_choice("kind", kind, ("exact", "data", "sampled", "hessian"))
         for name, value in {"batch": batch, "columns": columns, "samples": samples}.items():
-            check_period(name, value)
+            check_count(name, value)
         self.objective, self.kind, self.names = objective, kind, objective.names(of)
         self._values = objective.values(self.names)
         self._batch, self._columns = batch, columns
@@ -139,7 +139,7 @@ class Operator:
 
     def probes(self, count: int) -> Tensor:
         """Random signs, ``[D, count]``."""
-        check_period("probes", count)
+        check_count("probes", count)
         shape = (self.shape[0], count)
         bits = torch.randint(0, 2, shape, generator=self.generator, device=self.generator.device)
         return (2 * bits - 1).to(self.objective.inputs.device, self.dtype)
@@ -179,6 +179,8 @@ class Operator:
         self._check(other)
         check_number("damping", damping, strict=True)
         check_number("tolerance", tolerance, strict=True)
+        if iterations is not None:
+            check_count("iterations", iterations)
         b = other.to(self.dtype).reshape(self.shape[0], -1)
         size = b.norm(dim=0)
         x, left, before = torch.zeros_like(b), iterations or 10 * self.shape[0], float("inf")
@@ -217,7 +219,7 @@ class Operator:
 
         The largest converges first; both are exact where there are as many iterations as eigenvalues.
         """
-        check_period("iterations", iterations)
+        check_count("iterations", iterations)
         q = torch.randn(self.shape[0], generator=self.generator, device=self.generator.device, dtype=torch.float64)
         q = q.to(self.objective.inputs.device, self.dtype)
         basis = [q / q.norm()]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from curvlib.analysis import Objective, fisher, hessian
+from curvlib.analysis import Objective, Operator, fisher, hessian
 from tests.analysis.problems import (
     F64,
     LOSSES,
@@ -192,6 +192,15 @@ def test_nothing_is_left_on_the_model():
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
 
 
+@pytest.mark.parametrize("labels", ["data", "exact", "sampled"])
+def test_results_carry_no_graph(labels):
+    some = problem()
+    objective = Objective(some.model, some.loss, some.inputs.requires_grad_(), some.targets)
+    results = [fisher(objective, labels, "0"), hessian(objective, "0"), objective.gradient("0")]
+    results += [Operator(objective, kind, "0").dense() for kind in (labels, "hessian")]
+    assert not any(result.requires_grad for result in results)
+
+
 def test_chunks_of_examples_do_not_matter(monkeypatch):
     some = problem("convolutional")
     whole = [fisher(some.objective(), labels) for labels in ("data", "exact")] + [hessian(some.objective())]
@@ -296,16 +305,24 @@ def test_running_statistics_are_constants():
     close(fisher(some.objective()), plain_fisher(some, "exact"))
 
 
+def with_loss(some, loss, target):
+    """Some objective with a loss and one value as every target."""
+    return Objective(some.model, loss, some.inputs, torch.full((len(some.inputs),), target))
+
+
 BAD_CALLS = [
     (lambda some: some.objective().names("2.wieght"), r"belongs to '2.wieght'; it has 0.weight, 0.bias"),
     (lambda some: some.objective().names(nn.Linear(2, 2)), "belongs to 'Linear'; it has 0.weight"),
     (lambda some: some.objective().names(torch.zeros(2)), "belongs to 'Tensor'; it has 0.weight"),
     (lambda some: some.objective().names([]), "Sequential has no trainable parameters there"),
     (lambda some: fisher(some.objective(), "true"), "labels must be one of 'data', 'sampled', 'exact', got 'true'"),
-    (lambda some: fisher(some.objective(), "sampled", samples=0), "samples must be .* from 1, got 0"),
+    (lambda some: fisher(some.objective(), "sampled", samples=0), "samples must be a whole number from 1, got 0"),
     (lambda some: some.objective(likelihood="poisson"), "likelihood must be one of 'categorical'.*got 'poisson'"),
     (lambda some: some.objective(scale=0.0), "scale must be a number above 0, got 0.0"),
     (lambda some: Objective(some.model, some.loss, some.inputs, some.targets[1:]), "same examples, got 5 and 4"),
+    (lambda some: with_loss(some, F.cross_entropy, -100), "the ignored class -100, which has no loss: leave .* out"),
+    (lambda some: with_loss(some, nn.CrossEntropyLoss(ignore_index=2), 2), "the ignored class 2, which has no loss"),
+    (lambda some: hessian(with_loss(some, torch.sub, 0.0)), r"one number, got shape \[1, 3\]: reduce it"),
     (lambda some: Objective(some.model, some.loss, some.inputs[:0], some.targets[:0]), "examples, got 0 and 0"),
 ]
 

@@ -284,12 +284,13 @@ BAD_CALLS = [
     (lambda operator: operator.solve(ONES, -1.0), "damping must be a number above 0, got -1.0"),
     (lambda operator: operator.solve(ONES, 1.0, 0.0), "tolerance must be a number above 0, got 0.0"),
     (lambda operator: operator.inverse_diagonal(0.0), "damping must be a number above 0, got 0.0"),
-    (lambda operator: operator.trace(0), "probes must be .* from 1, got 0"),
-    (lambda operator: operator.extremes(0), "iterations must be .* from 1, got 0"),
+    (lambda operator: operator.solve(ONES, 1.0, iterations=0), "iterations must be a whole number from 1, got 0"),
+    (lambda operator: operator.trace(0), "probes must be a whole number from 1, got 0"),
+    (lambda operator: operator.extremes(0), "iterations must be a whole number from 1, got 0"),
     (lambda operator: operator.dense(limit=39 * 39 * 8 - 1), "39 parameters takes .*limit=.*Operator"),
     (lambda operator: Operator(operator.objective, "ggn"), "kind must be one of 'exact', .*got 'ggn'"),
-    (lambda operator: Operator(operator.objective, batch=0), "batch must be .* from 1, got 0"),
-    (lambda operator: Operator(operator.objective, columns=1.5), "columns must be .* from 1, got 1.5"),
+    (lambda operator: Operator(operator.objective, batch=0), "batch must be a whole number from 1, got 0"),
+    (lambda operator: Operator(operator.objective, columns=1.5), "columns must be a whole number from 1, got 1.5"),
     (lambda operator: Operator(operator.objective, of="3"), r"belongs to '3'; it has 0\.weight"),
 ]
 
