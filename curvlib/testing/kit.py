@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..blocks import Block, EigenBlock, StandardBlock
 from ..partition import Partition
 from ..recipe import Damping, Moment, Recipe, Root
-from . import blocks, recipes
+from . import blocks, recipes, trainings, trials
 from . import partitions as partitions_of
 from .properties import hold
 
@@ -37,7 +37,7 @@ def check_block(
     if not given:
         raise ValueError("partitions must name at least one partition")
     recipe = recipe or Recipe(given[0], Moment(), Root(1, Damping(1.0)))
-    drawn = blocks.trials(block, recipe, given)
+    drawn = trials.trials(block, recipe, given)
     # A standard block that is damped factor by factor is what its layout says, factor by factor.
     defined = issubclass(block, StandardBlock) and block.damps == "factors"
     hold(block.__name__, [*blocks.PROPERTIES, *(partitions_of.FACTORS if defined else ())], drawn, examples)
@@ -63,13 +63,13 @@ def check_partition(partition: str | Partition, *, examples: int = 25) -> None:
     for structure, composition in pairs:
         moment = Moment(composition=composition)  # type: ignore[arg-type]
         recipe = Recipe(partition, moment, Root(1, Damping(1.0)))
-        drawn = blocks.trials(structure, recipe, [partition])
+        drawn = trials.trials(structure, recipe, [partition])
         what = f"the partition {str(partition)!r} under {structure.__name__}, {composition},"
         own = partitions_of.PROPERTIES if composition == "independent" else partitions_of.FACTORS
         hold(what, [*(own if structure.damps == "factors" else ()), *blocks.PROPERTIES], drawn, examples)
 
 
-def check_recipe(recipe: recipes.Target, *, model: recipes.Build | None = None, examples: int = 8) -> None:
+def check_recipe(recipe: trainings.Target, *, model: trainings.Build | None = None, examples: int = 8) -> None:
     """Test a recipe, a routing table, or what makes an optimizer, by training small networks with it.
 
     Args:
@@ -83,6 +83,6 @@ def check_recipe(recipe: recipes.Target, *, model: recipes.Build | None = None, 
         PropertyFailed: naming the property, in words, and the smallest example found.
         TypeError, ValueError: where there is nothing to test, or the recipe fits no network.
     """
-    make = recipes.builder(recipe)
-    drawn = recipes.trials(make, recipes.networks(make, model))
-    hold(recipes.name_of(recipe), recipes.PROPERTIES, drawn, examples)
+    make = trainings.builder(recipe)
+    drawn = trainings.trials(make, trainings.networks(make, model))
+    hold(trainings.name_of(recipe), recipes.PROPERTIES, drawn, examples)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..layout import Layout
 from ..partition import Partition
 from ..recipe import Damping
-from .blocks import Trial
 from .properties import Broken, Property, equal
+from .trials import Trial
 
 
 def _covers(trial: Trial) -> None:
