@@ -5,7 +5,7 @@ g_n the gradient of its loss::
 
     labels="exact"      F = 1/N Σ J_nᵀ H_n J_n               the generalised Gauss-Newton matrix, or type-2 Fisher
     labels="data"       F = 1/N Σ g_n g_nᵀ                   the empirical Fisher
-    labels="sampled"    as "data", with labels drawn from the model
+    labels="sampled"    as "data", with labels drawn from the model, and scaled so that the mean over draws is "exact"
 
 Rows and columns are the parameters in the model's order, each in row-major order.
 """

@@ -278,6 +278,7 @@ LAYERS_WITHOUT_EXAMPLES = [
     (nn.AlphaDropout(0.1), "1 draws random numbers in training mode.*eval"),
     (nn.RReLU(), "1 draws random numbers in training mode.*eval"),
     (nn.MultiheadAttention(5, 1, dropout=0.1), "1 draws random numbers in training mode.*eval"),
+    (nn.LSTM(5, 5, 2, dropout=0.1), "1 draws random numbers in training mode.*eval"),
     (nn.BatchNorm1d(5, track_running_stats=False), "1 mixes examples in any mode.*track_running_stats"),
 ]
 
