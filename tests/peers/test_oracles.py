@@ -35,8 +35,8 @@ def terms_of(likelihood):
 def mirrored(matrix):
     """The upper triangle on both sides.
 
-    Both libraries differentiate gradients forwards, and torch 2.13 is wrong there in rows of a layer norm's weight, so that
-    their Hessians are not symmetric; the upper triangle agrees with finite differences.
+    Both libraries differentiate gradients forwards, and with torch 2.13 their Hessians are not symmetric in rows of a layer
+    norm's weight; the upper triangle agrees, and so did a finite difference of an entry where they do not.
     """
     return matrix.triu() + matrix.triu(1).T
 
