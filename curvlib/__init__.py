@@ -6,7 +6,21 @@ from .health import Health, NonFiniteGradient
 from .labels import sample_labels
 from .layers import LayerKind, Slot, register_layer
 from .optimizer import CurvatureOptimizer
-from .optimizers import KFAC, MBF, NGD, SGD, Adagrad, Adam, AdamW, MomentumAdam, RMSprop, Shampoo
+from .optimizers import (
+    KFAC,
+    MBF,
+    NGD,
+    SGD,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    Lion,
+    MomentumAdam,
+    Muon,
+    RMSprop,
+    Shampoo,
+)
 from .partition import Partition, PartitionError
 from .preconditioner import Preconditioner
 from .recipe import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
@@ -21,6 +35,7 @@ __all__ = [
     "MBF",
     "NGD",
     "SGD",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -31,9 +46,11 @@ __all__ = [
     "Grafting",
     "Health",
     "LayerKind",
+    "Lion",
     "Moment",
     "Momentum",
     "MomentumAdam",
+    "Muon",
     "NonFiniteGradient",
     "Partition",
     "PartitionError",

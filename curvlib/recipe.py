@@ -214,6 +214,7 @@ class Momentum:
         nesterov: look ahead: g + μ M (heavy ball), or μ M + (1-μ) g.
         dampening: of a heavy ball, as in torch.optim.SGD: not applied to the first gradient.
         debias: divide an EMA by 1 - μ^t.
+        mix: use ν M + (1-ν) g of the average as it was before this step, and average with μ afterwards (Lion).
     """
 
     beta: Number = 0.9
@@ -222,9 +223,14 @@ class Momentum:
     nesterov: bool = False
     dampening: Number = 0.0
     debias: bool = False
+    mix: Number | None = None
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("heavy-ball", "ema"))
+        if self.mix is not None:
+            check_number("mix", self.mix, high=1.0)
+            if self.kind != "ema" or self.nesterov or self.debias:
+                raise ValueError("mix needs kind='ema' without nesterov and debias: it says by itself what is used")
         check_number("momentum", self.beta, high=1.0 if self.kind == "ema" else math.inf)
         check_number("dampening", self.dampening, low=-math.inf)
 

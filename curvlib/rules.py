@@ -44,10 +44,15 @@ def apply_momentum(
     beta = number(rule.beta)
     first = rule.kind == "heavy-ball" and step == 0
     gain = 1.0 if first else 1 - (beta if rule.kind == "ema" else number(rule.dampening))
+    mixed: Tensors | None = None
+    if rule.mix is not None:
+        mixed = torch._foreach_add(torch._foreach_mul(buffer, number(rule.mix)), value, alpha=1 - number(rule.mix))
     torch._foreach_mul_(buffer, gated(beta, 1.0, gate))
     torch._foreach_add_(buffer, value, alpha=gain)
     for one in buffer if packed else ():
         flush_subnormals_(one)
+    if mixed is not None:
+        return mixed
     result: Tensors = buffer
     if rule.nesterov:
         ahead = gain if rule.kind == "ema" else 1.0

@@ -1,12 +1,29 @@
 """Named optimizers: each a signature, its equations, its source and a routing table."""
 
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW, MomentumAdam
 from .kfac import KFAC
+from .lion import Lion
 from .mbf import MBF
+from .muon import Muon
 from .ngd import NGD
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
 
-__all__ = ["KFAC", "MBF", "NGD", "SGD", "Adagrad", "Adam", "AdamW", "MomentumAdam", "RMSprop", "Shampoo"]
+__all__ = [
+    "KFAC",
+    "MBF",
+    "NGD",
+    "SGD",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "MomentumAdam",
+    "Muon",
+    "RMSprop",
+    "Shampoo",
+]
