@@ -25,8 +25,8 @@ class Adafactor(CurvatureOptimizer):
         u  = g / √v,     u <- u / max(1, RMS(u) / d)
         w <- (1 - ρ weight_decay) w - max(eps, RMS(w)) ρ u       ρ = min(lr, t^-½)
 
-    (ε₁ = 1e-30 is added to every factor.) As torch's does, it factors the last two dimensions of a tensor and numbers the others. Torch's decay is by lr instead of
-    ρ, which is the same for the first lr^-2 steps.
+    ε₁ = 1e-30 is added to every factor. As torch's does, it factors the last two dimensions of a tensor and numbers the
+    others. Torch's decay is by lr instead of ρ, which is the same for the first lr^-2 steps.
 
     Args:
         params: parameters, groups, named parameters, or a model.
