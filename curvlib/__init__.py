@@ -7,6 +7,7 @@ from .labels import sample_labels
 from .layers import LayerKind, Slot, register_layer
 from .optimizer import CurvatureOptimizer
 from .optimizers import (
+    FOOF,
     KFAC,
     MBF,
     NGD,
@@ -15,9 +16,11 @@ from .optimizers import (
     Adagrad,
     Adam,
     AdamW,
+    FullAdagrad,
     Lion,
     MomentumAdam,
     Muon,
+    OneSidedShampoo,
     RMSprop,
     Shampoo,
 )
@@ -31,6 +34,7 @@ from .signals import Signal, Tap
 __version__ = "0.1.0"
 
 __all__ = [
+    "FOOF",
     "KFAC",
     "MBF",
     "NGD",
@@ -43,6 +47,7 @@ __all__ = [
     "CurvatureOptimizer",
     "Damping",
     "Finish",
+    "FullAdagrad",
     "Grafting",
     "Health",
     "LayerKind",
@@ -52,6 +57,7 @@ __all__ = [
     "MomentumAdam",
     "Muon",
     "NonFiniteGradient",
+    "OneSidedShampoo",
     "Partition",
     "PartitionError",
     "Preconditioner",

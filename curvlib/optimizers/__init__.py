@@ -8,11 +8,13 @@ from .lion import Lion
 from .mbf import MBF
 from .muon import Muon
 from .ngd import NGD
+from .one_sided import FOOF, FullAdagrad, OneSidedShampoo
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
 
 __all__ = [
+    "FOOF",
     "KFAC",
     "MBF",
     "NGD",
@@ -21,9 +23,11 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "FullAdagrad",
     "Lion",
     "MomentumAdam",
     "Muon",
+    "OneSidedShampoo",
     "RMSprop",
     "Shampoo",
 ]
