@@ -362,6 +362,28 @@ def add_independent(
         keep = 1.0
 
 
+def add_first(total: Tensor, place: Place, layout: Layout, signal: Signal) -> None:
+    """Add Σ of one signal, over examples and positions, to the mean of a factor.
+
+    Args:
+        total: ``[rows, f]``.
+        place: which factor.
+        layout: its layout.
+        signal: in the dtype of ``total``.
+    """
+    region = layout.regions[place.region]
+    for (part,) in slices([signal], _densest([signal])):
+        value, axes = (part.delta, part.delta_axes) if place.source == 0 else _input(part)[0]
+        block, names = cut(layout, region, value.sum((0, 1), keepdim=True), axes)
+        given = letters(region)
+        here = _EXAMPLE + _HERE + names
+        own = "".join(name for name, held in zip(given.own, place.carried, strict=True) if held)
+        tied = "".join(name for name in given.tied if name in names)
+        order = [here.index(name) for name in own + _EXAMPLE + _HERE + tied + given.factors[place.number]]
+        rows = block.permute(order).reshape(total.shape[0], -1, total.shape[-1])
+        total.add_(rows.mean(1), alpha=part.gain if place.source == 0 else 1.0)
+
+
 def _whole(layout: Layout, region: Region, axes: tuple[str, ...]) -> bool:
     """Whether some axes are one uncut term of a region, by themselves inside one factor."""
     if axes not in layout.terms:

@@ -91,7 +91,9 @@ class Listening:
         for unit, sums in heard.items():
             factor = settings[unit.groups[0]]["signal_factor"]
             own = recipes[unit].moment.labels == "data"
-            means[unit] = sums.means(sums.examples / factor**2 if own else 1 / sums.examples)
+            means[unit] = sums.means(
+                sums.examples / factor**2 if own else 1 / sums.examples, 1 / factor if own else 1 / sums.examples
+            )
         return means
 
     def _expect(self) -> None:

@@ -8,6 +8,7 @@ from .base import Block, Means, Spec, State, Sums
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
+from .rank_one import RankOneBlock
 from .standard import StandardBlock
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "DiagonalBlock",
     "EigenBlock",
     "Means",
+    "RankOneBlock",
     "Spec",
     "StandardBlock",
     "State",

@@ -36,6 +36,7 @@ class Spec:
         fill: the initial value.
         identity: start as identity matrices times ``fill`` instead.
         of_input: a statistic of a layer's inputs alone, which scales with no gradient.
+        order: of the moment: 2 for squares and products of gradients, 1 for gradients.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +45,7 @@ class Spec:
     fill: float = 0.0
     identity: bool = False
     of_input: bool = False
+    order: Literal[1, 2] = 2
 
     def create(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The initial state of n operands."""
@@ -60,6 +62,7 @@ class Sums:
     Attributes:
         tensors: statistic -> the sum of second moments over examples, ``[*spec.shape]``.
         of_input: those that are of inputs alone.
+        first: those that are first moments.
         fresh: whether the tensors still hold what is of no use any more.
         examples: how many examples.
         places: how many input vectors the statistics of inputs sum over.
@@ -67,18 +70,21 @@ class Sums:
 
     tensors: dict[str, Tensor]
     of_input: frozenset[str]
+    first: frozenset[str] = frozenset()
     fresh: bool = False
     examples: float | Tensor = 0.0
     places: float | Tensor = 0.0
 
-    def means(self, scale: float | Tensor) -> Means:
+    def means(self, scale: float | Tensor, first: float | Tensor) -> Means:
         """The statistics, and by what each must be multiplied to be a mean over examples.
 
         Args:
-            scale: the factor of gradients' statistics; those of inputs are divided by the number of input vectors.
+            scale: the factor of second moments of gradients; statistics of inputs are divided by the number of input vectors.
+            first: the factor of first moments of gradients.
         """
         return {
-            name: (value, 1 / self.places if name in self.of_input else scale) for name, value in self.tensors.items()
+            name: (value, 1 / self.places if name in self.of_input else first if name in self.first else scale)
+            for name, value in self.tensors.items()
         }
 
     def renew_(self) -> None:
@@ -126,7 +132,8 @@ class Block:
         """Empty sums of one operand's statistics."""
         specs = {name: spec for name, spec in self.spec().items() if spec.role == "statistics"}
         tensors = {name: torch.zeros(spec.shape, dtype=dtype, device=device) for name, spec in specs.items()}
-        return Sums(tensors, frozenset(name for name, spec in specs.items() if spec.of_input))
+        of_input = frozenset(name for name, spec in specs.items() if spec.of_input)
+        return Sums(tensors, of_input, frozenset(name for name, spec in specs.items() if spec.order == 1))
 
     def update(self, state: State, operand: Any, keep: Weight, gain: Weight) -> None:
         """Average a new second moment in, F <- keep F + gain S, in place.

@@ -3,6 +3,7 @@
 from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW, MomentumAdam
+from .eva import Eva
 from .kfac import KFAC
 from .lion import Lion
 from .mbf import MBF
@@ -23,6 +24,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Eva",
     "FullAdagrad",
     "Lion",
     "MomentumAdam",
