@@ -3,6 +3,7 @@
 from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW, MomentumAdam
+from .catalogue import Catalogue, Method, table
 from .eva import Eva
 from .kfac import KFAC
 from .lion import Lion
@@ -24,12 +25,15 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Catalogue",
     "Eva",
     "FullAdagrad",
     "Lion",
+    "Method",
     "MomentumAdam",
     "Muon",
     "OneSidedShampoo",
     "RMSprop",
     "Shampoo",
+    "table",
 ]

@@ -78,7 +78,7 @@ class AdamW(CurvatureOptimizer):
 
 
 class MomentumAdam(CurvatureOptimizer):
-    """Adam whose second moment is that of the momentum: the baseline that the MBF, TNT and K-BFGS authors call Adam.
+    """Adam with the momentum's second moment: the baseline of the MBF, TNT and K-BFGS authors (Bahamou et al. 2023).
 
     ::
 
