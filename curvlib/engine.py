@@ -65,6 +65,7 @@ class Cohort:
         updates: statistics averaged so far.
         warm: whether these began with a warm start.
         heard: what the layers of each unit said since the last step, as means over examples; or none.
+        drawn: gradients of the mean loss of drawn labels, by parameter.
     """
 
     bucket: Bucket
@@ -74,6 +75,7 @@ class Cohort:
     updates: int
     warm: bool
     heard: list[Means] | None = None
+    drawn: Mapping[Tensor, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(init=False)
     gradient: Tensors = field(init=False)
     reference: Tensors = field(init=False)
@@ -116,6 +118,8 @@ class Cohort:
         if self.bucket.block is not None and self.recipe.schedule.takes_statistics(self.step):
             keep, gain = self.recipe.moment.weights(self.updates)
             source = self.reference if self.recipe.moment.of == "momentum" else self.gradient
+            if self.recipe.moment.drawn:
+                source = self._drawn_gradients(gate)
             self.update(source, gated(keep, 1.0, gate), gated(gain, 0.0, gate))
 
     def update(self, source: Tensors, keep: Weight, gain: Weight) -> None:
@@ -133,6 +137,24 @@ class Cohort:
     def gradients(self, groups: Sequence[Group], gate: Tensor | None) -> Tensors:
         """The gradients of the mean loss: one packed batch, or a tensor for every parameter."""
         return self._packed(groups, gate) if self.bucket.packed else self._separate(groups, gate)
+
+    def _drawn_gradients(self, gate: Tensor | None) -> Tensors:
+        """The gradients of drawn labels, as :meth:`gradients` has those of the data; zero where the gate is shut."""
+        dtype = self.bucket.structure.dtype
+
+        def drawn(parameter: Tensor) -> Tensor:
+            given = self.drawn.get(parameter)
+            value = torch.zeros_like(parameter, dtype=dtype) if given is None else given.to(dtype)
+            return value if gate is None else torch.where(gate.to(value.device), value, 0.0)
+
+        if not self.bucket.packed:
+            return [drawn(unit.lead) for unit in self.units]
+        assert self.bucket.workspace is not None
+        batch = self.bucket.workspace.new_zeros(len(self.rows), *self.bucket.workspace.shape[1:])
+        for unit, one in zip(self.units, batch, strict=True):
+            for parameter, window in zip(unit.operand.parameters, unit.operand.windows(one), strict=True):
+                window.copy_(drawn(parameter).view(window.shape))
+        return [batch]
 
     def _separate(self, groups: Sequence[Group], gate: Tensor | None) -> list[Tensor]:
         """The gradients as they lie, copied only where something is to be done to them."""
@@ -257,7 +279,12 @@ def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
     return gradient.detach().to(dtype)
 
 
-def cohorts(bucket: Bucket, recipes: Mapping[Unit, Recipe], heard: Mapping[Unit, Means]) -> list[Cohort]:
+def cohorts(
+    bucket: Bucket,
+    recipes: Mapping[Unit, Recipe],
+    heard: Mapping[Unit, Means],
+    drawn: Mapping[Tensor, Tensor] | None = None,
+) -> list[Cohort]:
     """The active units of a bucket, grouped by what must be equal for one call."""
     members: dict[tuple[int, int, int, int, bool], list[int]] = defaultdict(list)
     chosen: dict[int, Recipe] = {}
@@ -275,6 +302,7 @@ def cohorts(bucket: Bucket, recipes: Mapping[Unit, Recipe], heard: Mapping[Unit,
             updates,
             bool(warm),
             [heard[bucket.units[row]] for row in rows] if listened else None,
+            drawn or {},
         )
         for (recipe, step, updates, warm, listened), rows in members.items()
     ]
@@ -308,6 +336,7 @@ def directions(
     groups: Sequence[Group],
     gate: Tensor | None,
     heard: Mapping[Unit, Means],
+    drawn: Mapping[Tensor, Tensor] | None = None,
 ) -> list[Direction]:
     """Take in gradients and statistics, refresh the roots that are due, and precondition everything that has a gradient.
 
@@ -317,8 +346,9 @@ def directions(
         groups: settings: ``lr``, ``weight_decay``, ``maximize``, ``reduction_factor``.
         gate: 0-d bool, False where the whole step must change nothing; ``None`` is open.
         heard: what the layers of listening units said.
+        drawn: gradients of the mean loss of drawn labels.
     """
-    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, heard)]
+    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, heard, drawn)]
     for cohort in active:
         cohort.listen(groups, gate)
     roots.refresh(due_jobs(active))

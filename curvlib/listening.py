@@ -38,6 +38,8 @@ class Listening:
     _taps: Taps
     _told: frozenset[str]
     _seen: list[Linearised]
+    _drawn: dict[Tensor, Tensor]
+    _drawn_examples: int
 
     def _all_units(self) -> list[Unit]:
         raise NotImplementedError
@@ -146,6 +148,7 @@ class Listening:
             known = self._likelihood(likelihood, "a quadratic model")
             with self._taps.paused():
                 self._seen.append(linearise(outputs, self._parameters(), known, mask, scale))
+        self._draw(outputs, likelihood, mask, generator, scale)
         asked: tuple[Literal["sampled", "exact"], ...] = ("sampled", "exact")
         for labels in asked:
             if not self._taps.asks(labels):
@@ -154,6 +157,60 @@ class Listening:
             check_number("scale", scale, strict=True)
             generator = generator or self._generator(outputs.device)
             self._taps.pull(outputs, seeds(outputs, known, labels, mask, generator, scale), labels)
+
+    def _draws(self) -> list[Unit]:
+        """The units whose statistics are of the gradient of drawn labels, where these are due."""
+        return [
+            unit
+            for unit, recipe in self._recipes().items()
+            if recipe.moment.drawn
+            and recipe.root.exponent
+            and recipe.schedule.takes_statistics(int(self.state.get(unit.lead, {}).get("step", 0)))
+        ]
+
+    def _draw(
+        self,
+        outputs: Tensor,
+        likelihood: Likelihood | None,
+        mask: Tensor | None,
+        generator: torch.Generator | None,
+        scale: float,
+    ) -> None:
+        """Add the gradients of labels drawn for these outputs."""
+        parameters = [one for unit in self._draws() for one in unit.operand.parameters if one.requires_grad]
+        if not parameters:
+            return
+        known = self._likelihood(likelihood, "labels='sampled'")
+        (seed,) = seeds(outputs, known, "sampled", mask, generator or self._generator(outputs.device), scale)
+        with self._taps.paused():
+            found = torch.autograd.grad(
+                outputs, parameters, seed.to(outputs.dtype), retain_graph=True, allow_unused=True
+            )
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                held = self._drawn.get(parameter, 0.0)
+                self._drawn[parameter] = held + gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        self._drawn_examples += outputs.shape[0]
+        self._taps.observed += 1
+
+    def _drawn_means(self, active: Sequence[Unit]) -> dict[Tensor, Tensor]:
+        """The gradients of the mean loss of drawn labels, by parameter.
+
+        Raises:
+            TapError: where they are due, and nothing was observed.
+        """
+        wanted = set(active)
+        missing = [unit.name for unit in self._draws() if unit in wanted and not self._drawn_examples]
+        if missing:
+            raise TapError(
+                "statistics of drawn labels are due: call optimizer.observe(outputs, likelihood) between the forward pass "
+                f"and backward; {', '.join(missing[:8])}"
+            )
+        return {parameter: total / self._drawn_examples for parameter, total in self._drawn.items()}
+
+    def _redraw(self) -> None:
+        """Start anew."""
+        self._drawn, self._drawn_examples = {}, 0
 
     @staticmethod
     def _likelihood(likelihood: Likelihood | None, what: str) -> Likelihood:

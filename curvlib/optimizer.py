@@ -104,6 +104,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self._taps = Taps()
         self._told: frozenset[str] = frozenset()
         self._seen: list[Linearised] = []
+        self._redraw()
         self.batch_size: int | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
         self.seed = 0
@@ -223,22 +224,24 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._masked["the scaled gradients"] = self._masked.get("the scaled gradients", torch.tensor(0)) + 1
             self._taps.settle()
+            self._redraw()
             return loss
         self._mute()
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
-        heard = self._heard(active, settings)
-        gate = self._check_gradients(active, heard)
+        heard, drawn = self._heard(active, settings), self._drawn_means(active)
+        gate = self._check_gradients(active, heard, drawn)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
         recipes = self._bind(active)
         with full_precision():
-            finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard)
+            finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard, drawn)
             found = self._minimise(finished)
             self._move(finished, settings, gate)
             engine.settle(finished)
         self._adapt(found, loss, closure)
         self._taps.settle()
+        self._redraw()
         self._steps += 1
         for group in self.param_groups:
             group["steps"] = self._steps
@@ -271,6 +274,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         """Drop the gradients; what layers say from now on replaces what they said before."""
         super().zero_grad(set_to_none)
         self._taps.zeroed()
+        self._redraw()
 
     def _recipes(self) -> dict[Unit, Recipe]:
         """Every unit's recipe with this step's numbers; on gradients where its layers can't be heard."""
@@ -291,7 +295,9 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             self._storage.bind([(unit, recipes[unit]) for unit in members], self.state)
         return recipes
 
-    def _check_gradients(self, active: list[Unit], heard: Mapping[Unit, Means]) -> Tensor | None:
+    def _check_gradients(
+        self, active: list[Unit], heard: Mapping[Unit, Means], drawn: Mapping[Tensor, Tensor] | None = None
+    ) -> Tensor | None:
         """Report non-finite gradients and signals by name, or return the gate that masks this step."""
         named = [
             (slot.name, parameter.grad)
@@ -306,6 +312,12 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             (f"the signals of {unit.name}", evidence(value))
             for unit, means in heard.items()
             for value, _ in means.values()
+        ]
+        said += [
+            (f"the drawn gradient of {slot.name}", drawn[parameter])
+            for unit in active
+            for slot, parameter in zip(unit.slots, unit.operand.parameters, strict=True)
+            if drawn and parameter in drawn
         ]
         return check_finite(named + said, self.on_nonfinite, self._masked)
 
@@ -417,6 +429,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         super().__setstate__(state)
         if "_taps" not in self.__dict__:  # a copy hears nothing until it is attached; torch also comes here to load
             self._readings, self._taps, self._seen = {}, Taps(), []
+            self._redraw()
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:

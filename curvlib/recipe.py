@@ -40,9 +40,10 @@ class Moment:
         centered: subtract the outer product of the gradient's own EMA (diagonal partitions only).
         maximum: keep the entrywise maximum over steps (AMSGrad; diagonal partitions only).
         dtype: ``"float32"``: float32 or the parameter's dtype if that is wider; ``"parameter"``: the parameter's.
-        labels: whose gradients are heard: ``"data"``: the training backward's own; ``"sampled"``: of labels drawn from the
+        labels: whose gradients are taken: ``"data"``: the training backward's own; ``"sampled"``: of labels drawn from the
             model; ``"exact"``: the mean over all such labels in closed form (type-2 Fisher, the generalised Gauss-Newton
-            matrix). The last two need ``optimizer.observe`` in the loop.
+            matrix). The last two need ``optimizer.observe`` in the loop. For ``"gradient"``, ``"sampled"`` is the batch
+            gradient of drawn labels (TNT).
         sharing: for ``"signals"``, of a layer's shared positions: ``"expand"``: each counts by itself; ``"reduce"``: inputs
             are averaged and output gradients summed first (Eschenhagen et al. 2023).
         subsample: use every s-th example only (for ``"expand"``, position), scaled up to all.
@@ -71,8 +72,10 @@ class Moment:
         check_choice("dtype", self.dtype, ("float32", "parameter"))
         check_number("beta", self.beta, high=1.0)
         check_number("initial", self.initial)
-        if not self.listens and self.labels != "data":
+        if not self.listens and self.labels != "data" and (self.of, self.labels) != ("gradient", "sampled"):
             raise ValueError(f"labels={self.labels!r} needs of='samples' or of='signals', got of={self.of!r}")
+        if self.drawn and self.centered:
+            raise ValueError("centered=True needs labels='data'")
         if self.of == "signals" and self.composition != "independent":
             raise ValueError(f"of='signals' fills independent factors; got composition={self.composition!r}")
         if self.listens and self.centered:
@@ -82,6 +85,11 @@ class Moment:
     def listens(self) -> bool:
         """Whether it needs the signals of a layer."""
         return self.of in ("samples", "signals")
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it is of the batch gradient of labels drawn from the model."""
+        return self.of == "gradient" and self.labels == "sampled"
 
     def weights(self, updates: int) -> tuple[float, float]:
         """(keep, gain) of update number ``updates`` (from 0): F <- keep F + gain S."""

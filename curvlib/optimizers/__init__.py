@@ -14,6 +14,7 @@ from .one_sided import FOOF, FullAdagrad, OneSidedShampoo
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
+from .tnt import TNT
 
 __all__ = [
     "FOOF",
@@ -21,6 +22,7 @@ __all__ = [
     "MBF",
     "NGD",
     "SGD",
+    "TNT",
     "Adafactor",
     "Adagrad",
     "Adam",
