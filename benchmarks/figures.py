@@ -22,7 +22,7 @@ def curves(records: Sequence[Record]) -> Figure:
     """Training loss of one problem against steps (left) and seconds of training (right)."""
     problem = PROBLEMS[records[0].spec.problem]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.3), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.3), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for method in METHODS.values():
             mine = [record for record in records if record.spec.method == method.name]
@@ -45,7 +45,8 @@ def curves(records: Sequence[Record]) -> Figure:
         left.set_xlabel("steps")
         left.set_ylabel("training loss (running average)")
         right.set_xlabel("training time in seconds")
-        right.legend(frameon=False)
+        handles, names = right.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right upper", frameon=False)
     return figure
 
 

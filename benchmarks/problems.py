@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlib.labels import Likelihood
+
 from . import data
 from .data import Data, Split
-
-Likelihood = str
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,10 @@ def _train(
 def _step(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Split) -> float:
     """One training step; the loss, or NaN where gradients are no longer finite."""
     optimizer.zero_grad()
-    loss = problem.loss(model(batch.inputs), batch)
+    outputs = model(batch.inputs)
+    if isinstance(optimizer, curvlib.CurvatureOptimizer):
+        optimizer.observe(outputs, problem.likelihood)
+    loss = problem.loss(outputs, batch)
     loss.backward()
     try:
         optimizer.step()
@@ -205,7 +208,7 @@ def warm_start(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimi
 
     def loss(batch: Split) -> Tensor:
         outputs = model(batch.inputs)
-        drawn = curvlib.sample_labels(outputs, problem.likelihood, generator)  # type: ignore[arg-type]
+        drawn = curvlib.sample_labels(outputs, problem.likelihood, generator)
         if problem.likelihood == "categorical":
             return problem.loss(outputs, Split(batch.inputs, drawn))
         return problem.loss(outputs, Split(drawn, batch.labels))

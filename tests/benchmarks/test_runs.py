@@ -248,7 +248,7 @@ def run(*arguments):
     ("arguments", "words"),
     [
         (("run", "cifar"), "unknown problem 'cifar'; there are"),
-        (("run", "tiny", "--methods", "adam", "lion"), "unknown method 'lion'; there are"),
+        (("run", "tiny", "--methods", "adam", "tiger"), "unknown method 'tiger'; there are"),
         (("run", "tiny", "--seeds", "0"), "--seeds must be a whole number from 1, got 0"),
         (("run", "tiny", "--threads", "-1"), "--threads must be a whole number from 1, got -1"),
         (("run", "mnist-autoencoder", "--data", "no/such/folder"), "no/such/folder does not exist"),
