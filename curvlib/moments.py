@@ -137,8 +137,10 @@ def dampings(
         return [(value * mean).clamp_min(floor) for mean in means]
     if damping.split == "sqrt":
         return [value ** (1 / k)] * k
-    if damping.split == "pi":
+    if damping.split in ("pi", "trace"):
         means = [mean.clamp_min(torch.finfo(mean.dtype).tiny) for mean in _means(factors, scale)]
+        if damping.split == "trace":
+            means = [mean * factor.shape[-1] for mean, factor in zip(means, factors, strict=True)]
         if len(set(rows)) > 1:
             means = [mean.unflatten(0, (-1, size)).mean(1) for mean, size in zip(means, rows, strict=True)]
         geometric = torch.stack([mean.log() for mean in means]).mean(0).exp()

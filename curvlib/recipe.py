@@ -125,21 +125,21 @@ class Damping:
         floor: least λ of a relative damping. Without it a factor that has no signal yet is not preconditioned.
         split: for k factors whose product should be damped by δ: ``None``: every factor gets λ; ``"sqrt"``: δ^(1/k);
             ``"pi"``: δ^(1/k) times the factor's mean eigenvalue over the geometric mean of all (Martens & Grosse 2015,
-            §6.3, where k = 2).
+            §6.3, where k = 2); ``"trace"``: likewise of traces, which is δ^(1/k) for factors scaled to one trace (TKFAC).
         outside: add δ to the root's denominator instead, (F^p + δ)^-1, as Adam's eps.
     """
 
     value: Number = 1e-3
     relative_to: Literal["trace", "layer", "largest"] | None = None
     floor: Number = 0.0
-    split: Literal["sqrt", "pi"] | None = None
+    split: Literal["sqrt", "pi", "trace"] | None = None
     outside: bool = False
 
     def __post_init__(self) -> None:
         check_number("damping", self.value)
         check_number("damping floor", self.floor)
         check_choice("relative_to", self.relative_to, (None, "trace", "layer", "largest"))
-        check_choice("split", self.split, (None, "sqrt", "pi"))
+        check_choice("split", self.split, (None, "sqrt", "pi", "trace"))
         if self.split and (self.relative_to or self.outside):
             raise ValueError(
                 f"split={self.split!r} shares out an absolute damping; set relative_to=None, outside=False"

@@ -14,6 +14,7 @@ from .one_sided import FOOF, FullAdagrad, OneSidedShampoo
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
+from .tkfac import TKFAC
 from .tnt import TNT
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "MBF",
     "NGD",
     "SGD",
+    "TKFAC",
     "TNT",
     "Adafactor",
     "Adagrad",
