@@ -26,6 +26,7 @@ from .optimizers import (
     OneSidedShampoo,
     RMSprop,
     Shampoo,
+    SophiaG,
 )
 from .partition import Partition, PartitionError
 from .preconditioner import Preconditioner
@@ -76,6 +77,7 @@ __all__ = [
     "Shampoo",
     "Signal",
     "Slot",
+    "SophiaG",
     "Tap",
     "TapError",
     "TapWarning",

@@ -44,6 +44,30 @@ class Sign(Finish):
 
 
 @dataclass(frozen=True)
+class ClipEntries(Finish):
+    """Every entry of scale · d, cut off at ± limit.
+
+    Args:
+        limit: largest absolute value.
+        scale: what directions are multiplied by first.
+    """
+
+    limit: Number = 1.0
+    scale: Number = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("limit", self.limit, strict=True)
+        check_number("scale", self.scale, strict=True)
+
+    def __call__(
+        self, direction: Sequence[Tensor], reference: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Directions whose entries lie within the limit."""
+        scaled = torch._foreach_mul(list(direction), number(self.scale))
+        return torch._foreach_clamp_max(torch._foreach_clamp_min(scaled, -number(self.limit)), number(self.limit))
+
+
+@dataclass(frozen=True)
 class ClipRms(Finish):
     """d / max(1, RMS(d) / limit) for every parameter (Shazeer & Stern 2018, §6).
 

@@ -14,6 +14,7 @@ from .one_sided import FOOF, FullAdagrad, OneSidedShampoo
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
+from .sophia import SophiaG
 from .tkfac import TKFAC
 from .tnt import TNT
 
@@ -39,5 +40,6 @@ __all__ = [
     "OneSidedShampoo",
     "RMSprop",
     "Shampoo",
+    "SophiaG",
     "table",
 ]

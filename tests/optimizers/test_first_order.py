@@ -1,4 +1,4 @@
-"""Lion, Muon and AdaFactor against torch's, a peer's, or their equations in plain lines."""
+"""Lion, Muon, AdaFactor and Sophia against torch's, a peer's, or their equations in plain lines."""
 
 from __future__ import annotations
 
@@ -168,7 +168,38 @@ def test_clipped_and_scaled_steps():
     torch.testing.assert_close(floored, 0.1 * direction)
 
 
-@pytest.mark.parametrize("make", [curvlib.Lion, curvlib.Adafactor, curvlib.Muon])
+def test_sophia_is_its_equations():
+    start, rho, size, eps, lr, decay = network(), 0.5, 20, 1e-15, 1e-2, 0.1
+    model = copy.deepcopy(start)
+    optimizer = curvlib.SophiaG(model, lr, (0.9, 0.8), rho, size, decay, statistics_every=3, eps=eps)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    average, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    clipped = 0
+    for t in range(STEPS):
+        generator = torch.Generator().manual_seed(t)
+        x, y = torch.randn(size, 18, generator=generator, dtype=F64), torch.randint(0, 3, (size,), generator=generator)
+        optimizer.zero_grad()
+        outputs = model(x)
+        optimizer.observe(outputs, "categorical", generator=torch.Generator().manual_seed(t))
+        drawn = curvlib.sample_labels(outputs, "categorical", torch.Generator().manual_seed(t))
+        own = torch.autograd.grad(
+            nn.functional.cross_entropy(outputs, drawn), list(model.parameters()), retain_graph=True
+        )
+        nn.functional.cross_entropy(outputs, y).backward()
+        for place, parameter in enumerate(model.parameters()):
+            if t % 3 == 0:
+                second[place] = 0.8 * second[place] + 0.2 * own[place] ** 2
+            average[place] = 0.9 * average[place] + 0.1 * parameter.grad
+            ratio = average[place].abs() / (rho * size * second[place] + eps)
+            clipped += int((ratio > 1).sum())
+            weights[place] = weights[place] * (1 - lr * decay) - lr * average[place].sign() * ratio.clamp(max=1)
+        optimizer.step()
+        for found, wanted in zip(model.parameters(), weights, strict=True):
+            torch.testing.assert_close(found.detach(), wanted, rtol=1e-10, atol=1e-12)
+    assert 0.05 < clipped / (STEPS * sum(w.numel() for w in weights)) < 0.95
+
+
+@pytest.mark.parametrize("make", [curvlib.Lion, curvlib.Adafactor, curvlib.Muon, curvlib.SophiaG])
 def test_the_kit(make):
     check_recipe(make, examples=3)
 

@@ -1,0 +1,91 @@
+"""Sophia-G."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..blocks import DIAGONAL
+from ..checks import check_count, check_number
+from ..finishes import ClipEntries
+from ..optimizer import CurvatureOptimizer
+from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule, Schedule
+from ..routing import Route, Table
+
+
+class SophiaG(CurvatureOptimizer):
+    """Sophia-G (Liu et al. 2024, Algorithm 3): a diagonal Gauss-Newton matrix by labels drawn from the model, clipped.
+
+    With ĝ the batch gradient for drawn labels (Gauss-Newton-Bartlett)::
+
+        h <- β2 h + (1 - β2) B ĝ²               every k steps
+        m <- β1 m + (1 - β1) g
+        w <- (1 - lr·weight_decay) w - lr clip(m / (ρ h + ε), 1)
+
+    The paper has max(γ h, ε) where the authors' code, and this, has the sum. They take h after a step, to be used from the
+    next; here it is taken before the step at which it is due. ``optimizer.observe(outputs, likelihood)`` between the forward
+    pass and ``backward`` draws the labels, where they are due.
+
+    Args:
+        params: parameters, groups, named parameters, or a model.
+        lr: step size, which is also the largest change of any weight.
+        betas: β1, β2.
+        rho: ρ, the smaller, the more entries are clipped; the authors tune it so that a tenth to a half are not.
+        batch: B, the number of examples (of language models: tokens) whose mean the loss is.
+        weight_decay: decoupled.
+        statistics_every: k, in steps.
+        eps: ε.
+        maximize: ascend instead.
+        reduction: see :class:`CurvatureOptimizer`.
+        model: see :class:`CurvatureOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor | Callable[[int], float] = 1e-4,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.04,
+        batch: int = 128,
+        weight_decay: float = 0.1,
+        *,
+        statistics_every: int = 10,
+        eps: float = 1e-15,
+        maximize: bool = False,
+        reduction: Literal["mean", "sum"] | float = "mean",
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            sophia_g,
+            lr,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            reduction=reduction,
+            model=model,
+            betas=betas,
+            rho=rho,
+            batch=batch,
+            statistics_every=statistics_every,
+            eps=eps,
+        )
+
+
+def sophia_g(betas: tuple[float, float], rho: float, batch: int, statistics_every: int, eps: float) -> Table:
+    """Everything: the diagonal of drawn labels' second moment, to the power -1."""
+    check_number("rho", rho, strict=True)
+    check_count("batch", batch)
+    scale = 1 / (rho * batch)
+    return (
+        Route(
+            Recipe(
+                DIAGONAL,
+                Moment("gradient", beta=betas[1], labels="sampled"),
+                Root(1, Damping(eps * scale)),
+                Rule(Momentum(betas[0], "ema"), finish=(ClipEntries(1.0, scale),)),
+                Schedule(statistics_every),
+            )
+        ),
+    )
