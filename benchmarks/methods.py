@@ -2,7 +2,7 @@
 
 Learning rates on the digits were tuned over the grid 1, 3 (times powers of ten) until the best value was interior, on
 seeds 100 and 101, which no study reports; all other settings are each optimizer's defaults, but for Eva (damping, clip),
-FOOF and TKFAC (damping) and Lion (betas), of which a few values were tried as well. On the MNIST autoencoder
+FOOF and TKFAC (damping), Sophia (rho) and Lion (betas), of which a few values were tried as well. On the MNIST autoencoder
 Adam, SGD and MBF as published have the settings of the MBF authors' experiments; KFAC's step size and clip were tuned on
 seed 100 for 10 epochs.
 """
@@ -163,6 +163,15 @@ METHODS = {
             "#882255",
             ":",
             {"digits-autoencoder": {"lr": 3e-3, "betas": (0.95, 0.98)}, "digits-cnn": {"lr": 5e-3}},
+        ),
+        Method(
+            "sophia",
+            "Sophia-G",
+            curvlib.SophiaG,
+            "#DDCC77",
+            ":",
+            {"digits-autoencoder": {"lr": 3e-3}, "digits-cnn": {"lr": 3e-3}},
+            {"rho": 0.01, "weight_decay": 0.0},
         ),
         Method(
             "adafactor",
