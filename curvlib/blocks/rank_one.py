@@ -82,8 +82,14 @@ class RankOneBlock(Block):
         return vectors
 
     def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
-        """One inner product a block."""
+        """One inner product a block.
+
+        Raises:
+            ValueError: without damping, since w wᵀ is singular.
+        """
         damping = number(recipe.damping.value) if exponent > 0 else 0.0
+        if exponent > 0 and damping == 0:
+            raise ValueError("damping must be above 0 for RankOneBlock, whose blocks are singular, got 0")
         directions = []
         for block, w in zip(self.layout.block(operand), self._vectors(state, scale), strict=True):
             dims = tuple(range(2, block.ndim))

@@ -20,9 +20,9 @@ class SophiaG(CurvatureOptimizer):
 
     With ĝ the batch gradient for drawn labels (Gauss-Newton-Bartlett)::
 
-        h <- β2 h + (1 - β2) B ĝ²               every k steps
+        h <- β2 h + (1 - β2) ĝ²                 every k steps; the Gauss-Newton diagonal is B h
         m <- β1 m + (1 - β1) g
-        w <- (1 - lr·weight_decay) w - lr clip(m / (ρ h + ε), 1)
+        w <- (1 - lr·weight_decay) w - lr clip(m / (ρ B h + ε), 1)
 
     The paper has max(γ h, ε) where the authors' code, and this, has the sum. They take h after a step, to be used from the
     next; here it is taken before the step at which it is due. ``optimizer.observe(outputs, likelihood)`` between the forward
@@ -32,7 +32,7 @@ class SophiaG(CurvatureOptimizer):
         params: parameters, groups, named parameters, or a model.
         lr: step size, which is also the largest change of any weight.
         betas: β1, β2.
-        rho: ρ, the smaller, the more entries are clipped; the authors tune it so that a tenth to a half are not.
+        rho: ρ, the smaller, the more entries are clipped.
         batch: B, the number of examples (of language models: tokens) whose mean the loss is.
         weight_decay: decoupled.
         statistics_every: k, in steps.

@@ -129,3 +129,11 @@ def test_the_kit():
 def test_what_it_cannot_do_is_refused(recipe, message):
     with pytest.raises(ValueError, match=message):
         RankOneBlock(Partition("| o, i").layout({"o": 2, "i": 2}, (), (("o",), ("i",))), recipe)
+
+
+def test_no_damping_is_refused():
+    model = nn.Linear(3, 2)
+    optimizer = curvlib.Eva(model, damping=0.0)
+    F.cross_entropy(model(torch.randn(4, 3)), torch.randint(0, 2, (4,))).backward()
+    with pytest.raises(ValueError, match="damping must be above 0 for RankOneBlock"):
+        optimizer.step()
