@@ -7,11 +7,13 @@ from .labels import sample_labels
 from .layers import LayerKind, Slot, register_layer
 from .optimizer import CurvatureOptimizer
 from .optimizers import (
+    EKFAC,
     FOOF,
     KFAC,
     MBF,
     NGD,
     SGD,
+    SOAP,
     TKFAC,
     TNT,
     Adafactor,
@@ -20,6 +22,7 @@ from .optimizers import (
     AdamW,
     Eva,
     FullAdagrad,
+    KLShampoo,
     Lion,
     MomentumAdam,
     Muon,
@@ -38,11 +41,13 @@ from .signals import Signal, Tap
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
     "FOOF",
     "KFAC",
     "MBF",
     "NGD",
     "SGD",
+    "SOAP",
     "TKFAC",
     "TNT",
     "Adafactor",
@@ -57,6 +62,7 @@ __all__ = [
     "FullAdagrad",
     "Grafting",
     "Health",
+    "KLShampoo",
     "LayerKind",
     "Lion",
     "Moment",

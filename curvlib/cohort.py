@@ -74,6 +74,7 @@ class Cohort:
     state: dict[str, Any] = field(init=False)
     gradient: Tensors = field(init=False)
     reference: Tensors = field(init=False)
+    averaged: tuple[Tensors, Weight, Weight] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.units = [self.bucket.units[row] for row in self.rows]
@@ -128,6 +129,15 @@ class Cohort:
         else:
             return
         self.updates += 1
+        self.averaged = (source, keep, gain)
+
+    def correct(self) -> None:
+        """Average in what lives in the roots, if statistics were due; after the refresh."""
+        if self.averaged is None:
+            return
+        block, (source, keep, gain) = self.bucket.block, self.averaged
+        assert block is not None
+        block.correct(self.state, source[0] if self.bucket.packed else source, self.recipe, keep, gain, self.scale)
 
     def gradients(self, groups: Sequence[Group], gate: Tensor | None) -> Tensors:
         """The gradients of the mean loss: one packed batch, or a tensor for every parameter."""

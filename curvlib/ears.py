@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .blocks import Block, Sums
+from .blocks import Block, State, Sums
 from .layers import Reading
 from .recipe import Recipe
 from .signals import Signal, joined
@@ -40,6 +40,7 @@ class Ear:
         spare: the memory of earlier sums.
         ever: whether anything was ever heard.
         step: steps that its parameters have taken; it decides which examples thinning leaves.
+        held: the state of its curvature after the last step, by name.
     """
 
     unit: Unit
@@ -53,6 +54,7 @@ class Ear:
     spare: Sums | None = None
     ever: bool = False
     step: int = 0
+    held: State = field(default_factory=dict)
 
     def trains(self) -> bool:
         """Whether any of its parameters wants a gradient."""
@@ -64,8 +66,10 @@ class Ear:
         dtype = self.recipe.moment.dtype_for(lead.dtype)
         self.spare = None
         if sums is None or any((one.dtype, one.device) != (dtype, lead.device) for one in sums.tensors.values()):
-            return self.block.sums(dtype, lead.device)
-        sums.renew_()
+            sums = self.block.sums(dtype, lead.device)
+        else:
+            sums.renew_()
+        sums.held = self.held
         return sums
 
     def drop(self) -> None:

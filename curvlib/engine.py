@@ -72,6 +72,8 @@ def directions(
     for cohort in active:
         cohort.listen(groups, gate)
     roots.refresh(due_jobs(active))
+    for cohort in active:
+        cohort.correct()
     whole = [cohort.direct(gate) for cohort in active]
     finished = [(cohort, list(cohort.pieces(direction))) for cohort, direction in zip(active, whole, strict=True)]
     shrink = _clip_scales(finished, groups)
@@ -192,5 +194,6 @@ def warm(
                 continue
             gradient = cohort.gradients(groups, gate)
             cohort.update(gradient, gated(seen / (seen + 1), 1.0, gate), gated(1 / (seen + 1), 0.0, gate))
+            cohort.correct()
             cohort.settle()
             bucket.counters[cohort.rows] = torch.tensor([cohort.step, cohort.updates, 1])

@@ -105,8 +105,9 @@ class Listening:
         due = {}
         for unit, recipe in self._recipes().items():
             if unit.lead in self._taps.ears:
-                step = int(self.state.get(unit.lead, {}).get("step", 0))
-                due[unit.lead] = (step, recipe.schedule.takes_statistics(step))
+                record = self.state.get(unit.lead, {})
+                step = int(record.get("step", 0))
+                due[unit.lead] = (step, recipe.schedule.takes_statistics(step), record)
         self._taps.expect(due)
 
     def observe(

@@ -155,7 +155,8 @@ class Root:
     Args:
         exponent: p; 1 is the natural gradient, 1/2 Adam's and Shampoo's, 0 no preconditioning. Any number from 0.
         damping: a :class:`Damping`, or a number for an absolute one.
-        solver: ``"cholesky"`` (exponent 1 of a factor), ``"eigh"``, a registered one, or ``"auto"``: Cholesky where it can.
+        solver: ``"cholesky"`` (exponent 1 of a factor), ``"eigh"``, ``"qr"`` (of bases only), a registered one, or
+            ``"auto"``: Cholesky where it can, else eigh.
         dtype: ``"float64"`` solves in double precision whatever the statistics' dtype; ``None`` in theirs.
         tolerance: a root whose relative residual exceeds it is not used; the previous one stays.
     """

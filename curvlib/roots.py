@@ -6,7 +6,9 @@ A solve never harms: a matrix whose root fails after every retry keeps its previ
 * ``"eigh"`` for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that rounding
   made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / (‖F‖ ‖v‖). Also Q and Λ themselves, for structures that
   damp the eigenvalues of a product.
-* Others by :func:`register_solver`, as these two are.
+* ``"qr"`` for eigenvectors only: one orthogonal iteration from the last ones, Q <- qr(F Q), and ``"eigh"`` for those that
+  do not make F diagonal, as at the start. Its residual is what is left off the diagonal, ‖QᵀFQ - Λ‖ / ‖F‖.
+* Others by :func:`register_solver`, as these are.
 
 The retry ladder: what is decomposed is symmetrised (Cholesky reads one triangle only); what fails is solved once more in
 float64, then in float64 with 1e-6 of its mean eigenvalue added. On an accelerator only a solver that waits for the device
@@ -65,7 +67,7 @@ class How:
         return not (self.outside or self.largest or self.basis)
 
 
-Solve = Callable[[Tensor, Tensor, How], Solution]
+Solve = Callable[..., Solution]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Solver:
     solve: Solve
     takes: Callable[[How], bool]
     waits: bool
+    warm: bool
 
 
 SOLVERS: dict[str, Solver] = {}
@@ -82,7 +85,12 @@ SOLVERS: dict[str, Solver] = {}
 
 
 def register_solver(
-    name: str, solve: Solve, *, takes: Callable[[How], bool] = lambda how: how.plain, waits: bool = False
+    name: str,
+    solve: Solve,
+    *,
+    takes: Callable[[How], bool] = lambda how: how.plain,
+    waits: bool = False,
+    warm: bool = False,
 ) -> None:
     """Teach the library a way to compute roots, ``Root(solver=name)``.
 
@@ -96,13 +104,14 @@ def register_solver(
             that is not finite. A basis has the eigenvalues as one more row, ``[N, f + 1, f]``.
         takes: which roots it can compute; by default (F + λI)^-p with any p.
         waits: whether it waits for the device anyway, so that it may retry there.
+        warm: whether it starts from the last roots, given to it as a fourth argument ``[N, f, f]``.
 
     Raises:
         ValueError: for a name that there is already.
     """
     if name == "auto" or name in SOLVERS:
         raise ValueError(f"solver {name!r} exists; registered are {', '.join(map(repr, SOLVERS))}, and 'auto' chooses")
-    SOLVERS[name] = Solver(solve, takes, waits)
+    SOLVERS[name] = Solver(solve, takes, waits, warm)
 
 
 def chosen(how: How) -> How:
@@ -127,6 +136,9 @@ def chosen(how: How) -> How:
     return how
 
 
+Moved = Callable[[int, Tensor, Tensor], None]
+
+
 @dataclass
 class RootJob:
     """A batch of factors whose roots are due; ``root``, ``residual`` and ``kept`` are written in place.
@@ -140,6 +152,8 @@ class RootJob:
         residual: ``[N]``, of the last solve.
         kept: ``[N]``, int64, how often the previous root was kept.
         values: ``[N, f]``, of a basis: the eigenvalues, whose eigenvectors are the columns of ``root``.
+        moved: told (first row, old roots, new roots) before new ones replace the old, for what lives in a basis.
+        first: where row 0 stands among the rows of the whole job.
     """
 
     factor: Tensor
@@ -150,6 +164,8 @@ class RootJob:
     residual: Tensor
     kept: Tensor
     values: Tensor | None = None
+    moved: Moved | None = None
+    first: int = 0
 
     def rows(self, first: int, last: int) -> RootJob:
         """The same job for some of its rows."""
@@ -159,7 +175,8 @@ class RootJob:
 
         tensors = (self.factor, self.scale, self.damping), (self.root, self.residual, self.kept)
         (factor, scale, damping), (root, residual, kept) = (tuple(map(part, some)) for some in tensors)
-        return RootJob(factor, scale, damping, self.how, root, residual, kept, part(self.values))
+        values, start = part(self.values), self.first + first
+        return RootJob(factor, scale, damping, self.how, root, residual, kept, values, self.moved, start)
 
 
 def refresh(jobs: Iterable[RootJob]) -> None:
@@ -196,7 +213,8 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
     factor = _join([job.factor for job in jobs]).to(how.dtype)
     scale = _join([rows(job.scale, job) for job in jobs])
     damping = _join([rows(job.damping, job) for job in jobs])
-    root, residual = solve(factor * scale[:, None, None], damping, how)
+    previous = _join([job.root for job in jobs]).to(how.dtype) if SOLVERS[how.solver].warm else None
+    root, residual = solve(factor * scale[:, None, None], damping, how, previous)
     good = residual <= how.tolerance
     first = 0
     for job in jobs:
@@ -208,6 +226,8 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
         if job.values is not None:
             job.values.copy_(solved[:, -1])
             solved = solved[:, :-1]
+        if job.moved is not None:
+            job.moved(job.first, job.root, solved)
         copy_flushed_(job.root, solved)
         job.residual.copy_(residual[mine])
         job.kept.add_(keep)
@@ -217,20 +237,30 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
+def solve(matrix: Tensor, damping: Tensor, how: How, previous: Tensor | None = None) -> Solution:
     """Roots and residuals of a batch, with the retry ladder.
 
     Args:
         matrix: ``[N, f, f]``, symmetric up to rounding.
         damping: ``[N]``.
         how: the solver and its options.
+        previous: ``[N, f, f]``, what a solver that starts warm starts from; none is the identity.
 
     Returns:
         Roots ``[N, f, f]`` (of a basis ``[N, f + 1, f]``, the eigenvalues as last row) and residuals ``[N]``; a root that
         failed has an infinite residual.
     """
     solver = SOLVERS[how.solver]
-    root, residual = _judged(solver.solve(matrix, damping, how))
+
+    def attempt(matrix: Tensor, damping: Tensor, rows: Tensor | None = None) -> Solution:
+        if not solver.warm:
+            return _judged(solver.solve(matrix, damping, how))
+        start = (
+            _identity(matrix).expand_as(matrix) if previous is None else previous if rows is None else previous[rows]
+        )
+        return _judged(solver.solve(matrix, damping, how, start.to(matrix.dtype)))
+
+    root, residual = attempt(matrix, damping)
     if matrix.device.type != "cpu" and not solver.waits:
         return root, residual
     for jitter in (0.0, _JITTER):
@@ -239,7 +269,7 @@ def solve(matrix: Tensor, damping: Tensor, how: How) -> Solution:
             break
         again = _symmetric(matrix[bad].double())
         again.diagonal(dim1=-2, dim2=-1).add_(jitter * _mean_eigenvalue(again)[:, None])
-        retried, error = _judged(solver.solve(again, damping[bad].double(), how))
+        retried, error = attempt(again, damping[bad].double(), bad)
         root[bad], residual[bad] = retried.to(root.dtype), error.to(residual.dtype)
     return root, residual
 
@@ -321,6 +351,20 @@ def _eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([values for values, _ in parts]), torch.cat([vectors for _, vectors in parts])
 
 
+def _qr(matrix: Tensor, damping: Tensor, how: How, previous: Tensor) -> Solution:
+    matrix = _symmetric(matrix)
+    basis = torch.linalg.qr(matrix @ previous)[0]
+    rotated = basis.mT @ matrix @ basis
+    values = rotated.diagonal(dim1=-2, dim2=-1)
+    norm = matrix.norm(dim=(-2, -1)).clamp_min(torch.finfo(matrix.dtype).tiny)
+    residual = (rotated - values.diag_embed()).norm(dim=(-2, -1)) / norm
+    root = torch.cat([basis, values.clamp_min(0)[:, None, :]], 1)
+    bad = (~(residual <= how.tolerance)).nonzero().flatten()
+    if bad.numel():
+        root[bad], residual[bad] = _eigh(matrix[bad], damping[bad], how)
+    return root, residual
+
+
 def diagonal_root(value: Tensor, damping: Tensor | float, power: float, outside: bool) -> Tensor:
     """The root of a diagonal: (v + λ)^-p, or (v^p + ε)^-1."""
     if outside:
@@ -339,3 +383,4 @@ def _power(value: Tensor, power: float) -> Tensor:
 
 register_solver("cholesky", _cholesky, takes=lambda how: how.plain and how.power == 1)
 register_solver("eigh", _eigh, takes=lambda how: True, waits=True)
+register_solver("qr", _qr, takes=lambda how: how.basis, waits=True, warm=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .blocks import Sums, block_for
+from .blocks import State, Sums, block_for
 from .ears import Ear, TapError
 from .hooks import FORWARD, Hook, graph_task, save
 from .layers import Reading
@@ -111,10 +111,10 @@ class Taps:
         finally:
             self._paused = before
 
-    def expect(self, due: Mapping[Tensor, tuple[int, bool]]) -> None:
-        """Say how many steps each lead parameter has taken, and whether its statistics are due at the next."""
+    def expect(self, due: Mapping[Tensor, tuple[int, bool, State]]) -> None:
+        """Say how many steps each lead parameter has taken, whether its statistics are due at the next, and what it holds."""
         for lead, ear in self.ears.items():
-            ear.step, ear.due = due.get(lead, (0, True))
+            ear.step, ear.due, ear.held = due.get(lead, (0, True, {}))
 
     # -- what is heard ------------------------------------------------------------------------------------------------
 

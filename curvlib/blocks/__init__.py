@@ -7,6 +7,7 @@ from ..recipe import Recipe
 from .base import Block, Means, Spec, State, Sums
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
+from .eigenbasis import EigenbasisBlock, LikelihoodBlock, RunningEigenbasisBlock
 from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
 from .rank_one import RankOneBlock
 from .standard import StandardBlock
@@ -23,8 +24,11 @@ __all__ = [
     "Block",
     "DiagonalBlock",
     "EigenBlock",
+    "EigenbasisBlock",
+    "LikelihoodBlock",
     "Means",
     "RankOneBlock",
+    "RunningEigenbasisBlock",
     "Spec",
     "StandardBlock",
     "State",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,6 +66,7 @@ class Sums:
         fresh: whether the tensors still hold what is of no use any more.
         examples: how many examples.
         places: how many input vectors the statistics of inputs sum over.
+        held: what the operand's state was after its last step, by name; empty before the first.
     """
 
     tensors: dict[str, Tensor]
@@ -74,6 +75,7 @@ class Sums:
     fresh: bool = False
     examples: float | Tensor = 0.0
     places: float | Tensor = 0.0
+    held: State = field(default_factory=dict)
 
     def means(self, scale: float | Tensor, first: float | Tensor) -> Means:
         """The statistics, and by what each must be multiplied to be a mean over examples.
@@ -193,6 +195,21 @@ class Block:
             scale: what the stored average is multiplied by (its debiasing).
         """
         return ()
+
+    def correct(self, state: State, operand: Any, recipe: Recipe, keep: Weight, gain: Weight, scale: float) -> None:
+        """Average in what lives in the roots, such as a second moment in eigenbases; by default nothing does.
+
+        It follows every :meth:`update` or :meth:`average`, after the refresh of the same step where one is due, with the
+        same operand and weights.
+
+        Args:
+            state: name -> ``[n, *shape]``.
+            operand: the gradients, ``[n, *layout.shape]``.
+            recipe: the numbers of this step.
+            keep: weight of the old value, a number or a 0-d tensor.
+            gain: weight of the new one.
+            scale: what the stored average is multiplied by.
+        """
 
     def apply(self, state: State, operand: Any, recipe: Recipe, exponent: float, scale: float) -> Any:
         """curvature^(-exponent) times the operand, ``[n, *layout.shape]``.

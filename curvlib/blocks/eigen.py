@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 from ..checks import number
 from ..layout import FactorShape, Layout
 from ..moments import power
-from ..recipe import Recipe
-from ..roots import SILENT, RootJob, diagonal_root, solve
+from ..recipe import Damping, Recipe
+from ..roots import SILENT, Moved, RootJob, diagonal_root, solve
 from .base import Spec, State
 from .standard import Place, StandardBlock, spread
 
@@ -28,7 +29,7 @@ class EigenBlock(StandardBlock):
     eigenvalue of the product, as of the last refresh.
     """
 
-    damps = "whole"
+    damps: ClassVar[Literal["whole", "factors"]] = "whole"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)
@@ -53,7 +54,12 @@ class EigenBlock(StandardBlock):
                     continue
                 basis = state[f"basis_{place.name}"].flatten(0, 1)
                 residual, kept = (state[f"{what}_{place.name}"].flatten() for what in ("residual", "kept"))
-                yield RootJob(factor, factor_scale, 0.0, how, basis, residual, kept, values)
+                moved = self._moved(state, place)
+                yield RootJob(factor, factor_scale, 0.0, how, basis, residual, kept, values, moved)
+
+    def _moved(self, state: State, place: Place) -> Moved | None:
+        """What is to be told when the basis of a factor changes; by default nothing lives in it."""
+        return None
 
     def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
         """Rotate into the eigenbases, divide, rotate back; another exponent than the recipe's is solved for now."""
@@ -61,14 +67,30 @@ class EigenBlock(StandardBlock):
             return super().apply(state, operand, recipe, exponent, scale)
         directions = []
         for index, block in enumerate(self.layout.block(operand)):
-            bases = {
+            eigen = {
                 place.number: (place, *self._eigen(state, index, place, recipe, scale, exponent))
                 for place in self._places[index]
             }
-            rotated = self._multiplied(index, block, ((p, q.mT) for p, q, _ in bases.values() if q is not None))
-            divided = rotated * self._divisor(index, bases, recipe, exponent)
-            directions.append(self._multiplied(index, divided, ((p, q) for p, q, _ in bases.values() if q is not None)))
+            bases = [(place, basis) for place, basis, _ in eigen.values() if basis is not None]
+            product = self._product(
+                index, {number: (place, value) for number, (place, _, value) in eigen.items()}, recipe
+            )
+            power = damped_power(product, recipe.damping, exponent, self.layout.regions[index].blocks)
+            directions.append(self._in_bases(index, block, bases, power))
         return self.layout.unblock(directions, operand)
+
+    def _in_bases(self, index: int, block: Tensor, bases: Sequence[tuple[Place, Tensor]], entries: Tensor) -> Tensor:
+        """Rotate, multiply by ``[n * blocks, *factor sizes]``, rotate back."""
+        rotated = self._multiplied(index, block, ((place, basis.mT) for place, basis in bases))
+        return self._multiplied(index, rotated * entries[:, None], bases)
+
+    def _bases(self, state: State, index: int) -> list[tuple[Place, Tensor]]:
+        """The stored eigenvectors ``[n * rows, f, f]`` of a region's dense factors."""
+        return [
+            (place, state[f"basis_{place.name}"].flatten(0, 1))
+            for place in self._places[index]
+            if f"basis_{place.name}" in state
+        ]
 
     def _eigen(
         self, state: State, index: int, place: Place, recipe: Recipe, scale: float, exponent: float
@@ -86,37 +108,45 @@ class EigenBlock(StandardBlock):
                 return solved[:, :-1], solved[:, -1]
         raise AssertionError(place)
 
-    def _divisor(
-        self, index: int, bases: dict[int, tuple[Place, Tensor | None, Tensor]], recipe: Recipe, exponent: float
-    ) -> Tensor:
-        """(⊗ Λ + λ)^-p, ``[n * blocks, 1, *factor sizes]``."""
-        region, root = self.layout.regions[index], recipe.damping
-        share = power(1.0, recipe.moment.composition, len(bases))
+    def _product(self, index: int, values: Mapping[int, tuple[Place, Tensor]], recipe: Recipe) -> Tensor:
+        """The eigenvalues of the product, ⊗ Λ_i: ``[n * blocks, *factor sizes]``."""
+        region = self.layout.regions[index]
+        share = power(1.0, recipe.moment.composition, len(values))
         product: Tensor | None = None
         for number_, _ in enumerate(region.factors):
-            if number_ not in bases:  # a factor of size one that the composition normalises away
+            if number_ not in values:  # a factor of size one that the composition normalises away
                 product = None if product is None else product[..., None]
                 continue
-            place, _, values = bases[number_]
-            one = spread(values, region, place) ** share
+            one = spread(values[number_][1], region, values[number_][0]) ** share
             product = (
                 one if product is None else product[..., None] * one.view(-1, *[1] * (product.ndim - 1), one.shape[-1])
             )
         assert product is not None
         missing = len(region.factors) + 1 - product.ndim
-        product = product.view(product.shape[0], *[1] * missing, *product.shape[1:])
-        flat = product.flatten(1)
-        damping: Tensor = flat.new_full((flat.shape[0],), number(root.value))
-        if root.relative_to is not None:
-            measure = flat.amax(1) if root.relative_to == "largest" else flat.mean(1)
-            if root.relative_to == "layer":
-                measure = measure.unflatten(0, (-1, region.blocks)).mean(1).repeat_interleave(region.blocks)
-            damping = (damping * measure).clamp_min(number(root.floor))
-        damping = damping.view(-1, *[1] * (product.ndim - 1)) * float(exponent > 0)
-        divided = diagonal_root(product, damping, exponent, root.outside and exponent > 0)
-        if root.relative_to is not None and exponent > 0:
-            divided = torch.where(damping > SILENT, divided, 1.0)
-        return divided[:, None]
+        return product.view(product.shape[0], *[1] * missing, *product.shape[1:])
+
+
+def damped_power(values: Tensor, rule: Damping, exponent: float, blocks: int) -> Tensor:
+    """(values + λ)^-p, or (values^p + ε)^-1: entry by entry, with λ for every block.
+
+    Args:
+        values: ``[n * blocks, ...]``.
+        rule: the damping; relative to the mean or the largest of a block's values, or to the mean over a parameter's.
+        exponent: p; below zero there is no damping.
+        blocks: how many belong to one parameter.
+    """
+    flat = values.flatten(1)
+    damping: Tensor = flat.new_full((flat.shape[0],), number(rule.value))
+    if rule.relative_to is not None:
+        measure = flat.amax(1) if rule.relative_to == "largest" else flat.mean(1)
+        if rule.relative_to == "layer":
+            measure = measure.unflatten(0, (-1, blocks)).mean(1).repeat_interleave(blocks)
+        damping = (damping * measure).clamp_min(number(rule.floor))
+    damping = damping.view(-1, *[1] * (values.ndim - 1)) * float(exponent > 0)
+    divided = diagonal_root(values, damping, exponent, rule.outside and exponent > 0)
+    if rule.relative_to is not None and exponent > 0:
+        divided = torch.where(damping > SILENT, divided, 1.0)
+    return divided
 
 
 def _column(scale: Tensor | float) -> Tensor | float:

@@ -14,7 +14,7 @@ from ..moments import Weight
 from ..recipe import Recipe
 from ..signals import Signal
 from .base import Block, Spec, State, Sums
-from .standard import spread
+from .standard import put_in_place, spread
 
 
 class RankOneBlock(Block):
@@ -105,15 +105,5 @@ class RankOneBlock(Block):
 
     def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
         """W wᵀ, put in place."""
-        n = next(iter(state.values())).shape[0]
-        numel = 1
-        for size in self.layout.shape:
-            numel *= size
-        some = next(iter(state.values()))
-        dense = torch.zeros(n, numel, numel, dtype=some.dtype, device=some.device)
-        for region, index, w in zip(self.layout.regions, self.layout.index(), self._vectors(state, scale), strict=True):
-            flat = w.flatten(1).unflatten(0, (n, region.blocks))
-            rows = index.flatten(2).to(some.device)
-            for tie in range(region.ties):
-                dense[:, rows[:, tie, :, None], rows[:, tie, None, :]] = flat[..., :, None] * flat[..., None, :]
-        return dense
+        flat = (vectors.flatten(1) for vectors in self._vectors(state, scale))
+        return put_in_place(self.layout, (w[:, :, None] * w[:, None, :] for w in flat), next(iter(state.values())))

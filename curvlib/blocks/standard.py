@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -114,7 +115,7 @@ class StandardBlock(Block):
                     continue
                 root = state[f"root_{place.name}"].flatten(0, 1)
                 if factor.ndim == 2:
-                    root.copy_(_diagonal(factor, factor_scale, damping, how))
+                    root.copy_(diagonal(factor, factor_scale, damping, how))
                     continue
                 residual, kept = (state[f"{what}_{place.name}"].flatten() for what in ("residual", "kept"))
                 yield RootJob(factor, factor_scale, damping, how, root, residual, kept)
@@ -145,9 +146,9 @@ class StandardBlock(Block):
             if all(place.carried):
                 block = mode_product(block, matrix, place.number)
                 continue
-            gathered = _gathered(block, region, place)
-            product = mode_product(gathered.flatten(1, 2).contiguous(), matrix, place.number)
-            block = _scattered(product.view(gathered.shape), region, place, block)
+            apart = gathered(block, region, place)
+            product = mode_product(apart.flatten(1, 2).contiguous(), matrix, place.number)
+            block = scattered(product.view(apart.shape), region, place, block)
         return block
 
     def _solved(
@@ -156,33 +157,53 @@ class StandardBlock(Block):
         for place, factor, factor_scale, damping, how in self._prepared(state, index, recipe, scale, exponent):
             shift = damping if exponent > 0 else 0.0
             if factor.ndim == 2:
-                yield place, _diagonal(factor, factor_scale, shift, how)
+                yield place, diagonal(factor, factor_scale, shift, how)
                 continue
             matrix = factor * _rows(factor_scale, factor)[:, None, None]
             yield place, matrix if how.power == -1 else solve(matrix, _rows(shift, factor), how)[0]
 
     def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
         """Kronecker products of the factors, put in place."""
-        n = next((value.shape[0] for value in state.values()), 0)
-        numel = 1
-        for size in self.layout.shape:
-            numel *= size
-        some = next(iter(state.values()), torch.empty(0))
-        dense = torch.zeros(n, numel, numel, dtype=some.dtype, device=some.device)
-        for index, (region, positions) in enumerate(zip(self.layout.regions, self.layout.index(), strict=True)):
-            kron = torch.ones(n * region.blocks, 1, 1, dtype=some.dtype, device=some.device)
-            powers = {
-                place.number: spread(matrix, region, place)
-                for place, matrix in StandardBlock._solved(self, state, index, recipe, scale, -1.0)
-            }
-            for number, factor in enumerate(region.factors):
-                one = powers.get(number, torch.ones(n * region.blocks, 1, device=some.device, dtype=some.dtype))
-                kron = _batched_kron(kron, one.diag_embed() if factor.diagonal or one.ndim == 2 else one)
-            kron = kron.unflatten(0, (n, region.blocks))
-            rows = positions.flatten(2).to(some.device)  # own tied (f1 f2 …)
-            for tie in range(region.ties):
-                dense[:, rows[:, tie, :, None], rows[:, tie, None, :]] = kron
-        return dense
+        products = []
+        for index in range(len(self.layout.regions)):
+            solved = StandardBlock._solved(self, state, index, recipe, scale, -1.0)
+            products.append(self._kron(state, index, {place.number: (place, matrix) for place, matrix in solved}))
+        return put_in_place(self.layout, products, next(iter(state.values())))
+
+    def _kron(self, state: State, index: int, matrices: Mapping[int, tuple[Place, Tensor]]) -> Tensor:
+        """The Kronecker product of one matrix (or diagonal) for each factor, the identity where there is none.
+
+        Returns:
+            ``[n * blocks, numel of a block, ...]``.
+        """
+        region, some = self.layout.regions[index], next(iter(state.values()))
+        n = some.shape[0]
+        kron = some.new_ones(n * region.blocks, 1, 1)
+        for number, factor in enumerate(region.factors):
+            one = torch.eye(factor.size, dtype=some.dtype, device=some.device).expand(n * region.blocks, -1, -1)
+            if number in matrices:
+                place, matrix = matrices[number]
+                one = spread(matrix.diag_embed() if matrix.ndim == 2 else matrix, region, place)
+            kron = _batched_kron(kron, one)
+        return kron
+
+
+def put_in_place(layout: Layout, blocks: Iterable[Tensor], like: Tensor) -> Tensor:
+    """The matrix of whole operands, ``[n, numel, numel]``, from the matrices of their blocks, region by region.
+
+    Args:
+        layout: the partition.
+        blocks: for every region ``[n * blocks, numel of a block, ...]``.
+        like: any piece of state, ``[n, ...]``.
+    """
+    n, numel = like.shape[0], math.prod(layout.shape)
+    dense = like.new_zeros(n, numel, numel)
+    for region, positions, matrices in zip(layout.regions, layout.index(), blocks, strict=True):
+        apart = matrices.unflatten(0, (n, region.blocks))
+        rows = positions.flatten(2).to(dense.device)  # own tied (f1 f2 …)
+        for tie in range(region.ties):
+            dense[:, rows[:, tie, :, None], rows[:, tie, None, :]] = apart
+    return dense
 
 
 def _own_order(region: Region, place: Place) -> list[int]:
@@ -191,7 +212,7 @@ def _own_order(region: Region, place: Place) -> list[int]:
     return held + [dim for dim, carried in enumerate(place.carried) if not carried]
 
 
-def _gathered(block: Tensor, region: Region, place: Place) -> Tensor:
+def gathered(block: Tensor, region: Region, place: Place) -> Tensor:
     """``[n * blocks, ties, …]`` -> ``[n * rows, blocks / rows, ties, …]``: blocks that share a factor side by side."""
     sizes = [axis.size for axis in region.own]
     n = block.shape[0] // max(1, region.blocks)
@@ -201,11 +222,11 @@ def _gathered(block: Tensor, region: Region, place: Place) -> Tensor:
     return moved.reshape(n * place.rows(region), -1, *block.shape[1:])
 
 
-def _scattered(gathered: Tensor, region: Region, place: Place, like: Tensor) -> Tensor:
-    """The inverse of :func:`_gathered`."""
+def scattered(value: Tensor, region: Region, place: Place, like: Tensor) -> Tensor:
+    """The inverse of :func:`gathered`."""
     order = _own_order(region, place)
     n = like.shape[0] // max(1, region.blocks)
-    apart = gathered.reshape(n, *(region.own[dim].size for dim in order), *like.shape[1:])
+    apart = value.reshape(n, *(region.own[dim].size for dim in order), *like.shape[1:])
     back = [0, *(1 + order.index(dim) for dim in range(len(order)))]
     return apart.permute(*back, *range(1 + len(order), apart.ndim)).reshape(like.shape)
 
@@ -249,7 +270,8 @@ def _rows(value: Tensor | float, factor: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=factor.dtype, device=factor.device).expand(factor.shape[0])
 
 
-def _diagonal(factor: Tensor, scale: Tensor | float, damping: Tensor | float, how: How) -> Tensor:
+def diagonal(factor: Tensor, scale: Tensor | float, damping: Tensor | float, how: How) -> Tensor:
+    """The root of diagonal factors ``[B, f]``; the identity where a relative damping says that there is no signal yet."""
     value = factor * (scale[:, None] if isinstance(scale, Tensor) else scale)
     if how.largest:
         damping = (damping * value.amax(-1)).clamp_min(how.floor or 0.0)

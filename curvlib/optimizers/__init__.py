@@ -4,6 +4,7 @@ from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW, MomentumAdam
 from .catalogue import Catalogue, Method, table
+from .ekfac import EKFAC
 from .eva import Eva
 from .kfac import KFAC
 from .lion import Lion
@@ -14,16 +15,19 @@ from .one_sided import FOOF, FullAdagrad, OneSidedShampoo
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
+from .soap import SOAP, KLShampoo
 from .sophia import SophiaG
 from .tkfac import TKFAC
 from .tnt import TNT
 
 __all__ = [
+    "EKFAC",
     "FOOF",
     "KFAC",
     "MBF",
     "NGD",
     "SGD",
+    "SOAP",
     "TKFAC",
     "TNT",
     "Adafactor",
@@ -33,6 +37,7 @@ __all__ = [
     "Catalogue",
     "Eva",
     "FullAdagrad",
+    "KLShampoo",
     "Lion",
     "Method",
     "MomentumAdam",

@@ -14,11 +14,12 @@ from ..recipe import Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Sc
 from ..routing import Route, Table, is_kernel, is_vector
 
 Kernels = Literal["separate", "merged", "inputs"]
-_KERNELS = {
+KERNELS = {
     "separate": "| o{cut}, i{cut}, ,k...{cut}",
     "merged": "| o{cut}, i{cut}, k...",
     "inputs": "| o{cut}, (i k...){cut}",
 }
+"""Partitions of a convolution; ``cut`` is the length of blocks."""
 
 
 class Shampoo(CurvatureOptimizer):
@@ -134,7 +135,7 @@ def shampoo(
     grafting_eps: float,
 ) -> Table:
     """Vectors: Adam's diagonal (or a factor); convolutions and everything else: Kronecker."""
-    check_choice("kernels", kernels, tuple(_KERNELS))
+    check_choice("kernels", kernels, tuple(KERNELS))
     check_choice("vectors", vectors, ("diagonal", "kronecker"))
     if block_size is not None:
         check_period("block_size", block_size)
@@ -152,7 +153,7 @@ def shampoo(
     schedule = Schedule(statistics_every, refresh_every, stagger=stagger)
     kronecker = Recipe("| ,..." + cut, moment, root, rule, schedule)
     vector = Recipe(f"| (...){cut}", moment, root, rule, schedule)
-    convolution = Recipe(_KERNELS[kernels].format(cut=cut), moment, root, rule, schedule)
+    convolution = Recipe(KERNELS[kernels].format(cut=cut), moment, root, rule, schedule)
     diagonal = Recipe(
         DIAGONAL,
         Moment(beta=grafting_beta, debias=True),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks import StandardBlock
 from .properties import Broken, Property, equal
 from .trials import Held, Trial
 
@@ -137,9 +138,7 @@ def _batches(trial: Trial) -> None:
     for row in range(trial.n):
         alone = replace(trial, n=1)
         single = Held(alone, trial.recipe)
-        for number, gradient in enumerate(gradients[:2]):
-            single.update(gradient[row : row + 1], 0.5 if number else 0.0, 0.5 if number else 1.0)
-        single.refresh()
+        single.take([gradient[row : row + 1] for gradient in gradients[:2]])
         slack = trial.tolerance(dense[row : row + 1], trial.exponent)
         equal(dense[row : row + 1], single.dense(), slack, f"the curvature in a batch of {trial.n}")
         found, wanted = direction[row : row + 1], single.apply(gradients[2][row : row + 1])
@@ -189,6 +188,9 @@ def _refreshes(trial: Trial) -> None:
     sizes = 2.0 ** torch.arange(k, dtype=torch.float64)
     first, second = (((u * s) @ v.mT).view(trial.n, *trial.shape).to(trial.dtype) for s in (sizes, 5 * sizes.flip(0)))
     held = trial.held([first])
+    sides = [[factor.size for factor in region.factors] for region in trial.layout.regions]
+    if isinstance(held.block, StandardBlock) and sides != [[rows, columns]]:
+        return  # bases of other sides than those that both gradients have in common
     held.update(first, 0.0, 1.0)
     held.update(second, 0.5, 0.5)
     before = held.dense()

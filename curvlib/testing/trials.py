@@ -94,9 +94,7 @@ class Trial:
     def held(self, gradients: Sequence[Tensor] = (), recipe: Recipe | None = None) -> Held:
         """A structure that has averaged some gradients in, each with weights ½, and solved its roots."""
         held = Held(self, recipe or self.recipe)
-        for number, gradient in enumerate(gradients):
-            held.update(gradient, 0.5 if number else 0.0, 0.5 if number else 1.0)
-        held.refresh()
+        held.take(gradients)
         return held
 
     def tolerance(self, dense: Tensor, exponent: float) -> float:
@@ -133,9 +131,20 @@ class Held:
     def _taken(self, result: Any) -> Tensor:
         return torch.stack(list(result)) if isinstance(result, (list, tuple)) else result
 
-    def update(self, operand: Tensor, keep: Any, gain: Any) -> None:
-        """Average a gradient in."""
+    def update(self, operand: Tensor, keep: Any, gain: Any, refresh: bool = False) -> None:
+        """Average a gradient in, in the engine's order."""
         self.block.update(self.state, self._given(operand), keep, gain)
+        if refresh:
+            self.refresh()
+        self.block.correct(self.state, self._given(operand), self.recipe, keep, gain, 1.0)
+
+    def take(self, gradients: Sequence[Tensor]) -> None:
+        """Average some gradients in, each with weights ½, and solve the roots at the last one."""
+        for number, gradient in enumerate(gradients):
+            last = number == len(gradients) - 1
+            self.update(gradient, 0.5 if number else 0.0, 0.5 if number else 1.0, refresh=last)
+        if not gradients:
+            self.refresh()
 
     def refresh(self) -> None:
         """Solve the roots."""
