@@ -200,8 +200,8 @@ def _report(what: str, root: Root, iterations: int) -> None:
         failed = int((~root.converged).sum())
         warn(
             f"{failed} of {len(root.converged)} samples did not reach the tolerance of {what} within {iterations} "
-            f"iterations; the largest residual is {float(root.residuals.max()):.3g}. Raise iterations, memory or tolerance, or make f "
-            "a contraction",
+            f"iterations; the largest residual is {float(root.residuals.max()):.3g}. Raise iterations, memory or "
+            "tolerance, or make f a contraction",
             UserWarning,
         )
 
