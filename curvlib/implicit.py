@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_number
+from .checks import check_choice, check_count
 from .health import warn
 from .quasi_newton import LbfgsInverse
-from .solving import Broyden, Map, Root, broyden
+from .solving import Broyden, Map, Root, broyden, check_positive
 
 
 def _check_refine(refine: Any, backward: str) -> None:
@@ -63,7 +63,7 @@ class Implicit:
     def __post_init__(self) -> None:
         check_choice("backward", self.backward, ("exact", "shine", "jacobian-free"))
         if self.fallback is not None:
-            check_number("fallback", self.fallback, strict=True)
+            check_positive("fallback", self.fallback)
         _check_refine(self.refine, self.backward)
         for name in ("forward", "adjoint"):
             if not isinstance(getattr(self, name), Broyden):
@@ -295,7 +295,7 @@ def hypergradient(
         UserWarning: where ``"exact"`` did not reach its tolerance.
     """
     check_choice("backward", backward, ("exact", "shine", "jacobian-free"))
-    check_number("tolerance", tolerance, strict=True)
+    check_positive("tolerance", tolerance)
     check_count("iterations", iterations)
     _check_refine(refine, backward)
     if backward == "shine" and estimate is None:

@@ -129,7 +129,6 @@ class BroydenInverse:
         """Take the oldest pair out, and hand it over for samples that will want it back."""
         slot = self.updates % self.memory
         oldest = slot, self.left[:, slot].clone(), self.right[:, slot].clone()
-        self.left[:, slot] = 0
         self.right[:, slot] = 0
         self.updates += 1
         return oldest

@@ -27,6 +27,17 @@ def check_every(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number of iterations from 1, or None, got {value!r}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is no number above 0; settings here are no callables of the step.
+
+    Raises:
+        ValueError: naming the parameter, the value and what is allowed.
+    """
+    if callable(value):
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+    check_number(name, value, strict=True)
+
+
 @dataclass(frozen=True)
 class Broyden:
     """How Broyden's method is run.
@@ -56,7 +67,7 @@ class Broyden:
     def __post_init__(self) -> None:
         check_count("iterations", self.iterations)
         check_count("memory", self.memory)
-        check_number("tolerance", self.tolerance, strict=True)
+        check_positive("tolerance", self.tolerance)
         check_choice("relative", self.relative, (True, False))
         check_choice("update", self.update, ("secant", "adjoint"))
         check_every("outer_every", self.outer_every)
@@ -184,7 +195,7 @@ class Lbfgs:
     def __post_init__(self) -> None:
         check_count("iterations", self.iterations)
         check_count("memory", self.memory)
-        check_number("tolerance", self.tolerance, strict=True)
+        check_positive("tolerance", self.tolerance)
         check_choice("relative", self.relative, (True, False))
         check_every("outer_every", self.outer_every)
 

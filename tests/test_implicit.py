@@ -129,11 +129,11 @@ def test_outer_problem_awareness_brings_the_hypergradient_closer():
 
 
 def diagonal(slopes, **how):
-    """∇v through z = s z + x at x = 0, where no step is taken and B⁻¹ stays what it was given: -I."""
+    """v over ∇L = 0.1 for z = s z + x, one entry a sample."""
     s = torch.tensor(slopes, dtype=F64).unsqueeze(1)
     x = torch.ones(len(slopes), 1, dtype=F64, requires_grad=True)
     z, root = fixed_point(lambda z: s * z + x, torch.zeros_like(x), Implicit(TIGHT, **how))
-    return torch.autograd.grad(z.sum(), x)[0].squeeze(1), root
+    return torch.autograd.grad(0.1 * z.sum(), x)[0].squeeze(1) / 0.1, root
 
 
 def test_fallback_is_for_the_samples_whose_direction_is_too_long():
@@ -163,6 +163,21 @@ def test_refinement_ends_at_the_exact_hypergradient(backward):
     for i, early in enumerate(residuals):
         assert all(late <= condition * early + U for late in residuals[i + 1 :])
     assert residuals[5] < 1e-2 * residuals[0]
+
+
+def test_refinement_has_room_beside_the_estimate():
+    layer, x, wanted = problem(size=8)
+    expected, condition = dense_gradients(layer, x, wanted)
+    narrow = Broyden(500, 3, 1e-12)
+    how = Implicit(narrow, "shine", None, 60, Broyden(tolerance=1e-13, relative=True))
+    assert apart(gradients(layer, x, wanted, how)[0], expected) <= 1e-11 * condition
+
+
+def test_refinement_leaves_alone_what_meets_the_tolerance():
+    layer, x, wanted = problem()
+    loose = Broyden(tolerance=0.9, relative=True)
+    plain, refined = (gradients(layer, x, wanted, Implicit(TIGHT, "shine", None, steps, loose))[0] for steps in (0, 5))
+    torch.testing.assert_close(refined, plain, rtol=0, atol=0)
 
 
 def test_refinement_starts_from_the_estimate_transposed():
@@ -287,6 +302,10 @@ def test_exact_hypergradient_is_autograd_through_a_solve():
     exact = hypergradient(inner, outer, theta, found.solution, backward="exact", tolerance=1e-12)
     assert apart(exact.value, expected) <= 1e-7
     assert exact.residual <= 1e-12
+    scaled = hypergradient(
+        inner, lambda x, t: 1e-9 * outer(x, t), theta, found.solution, backward="exact", tolerance=1e-9
+    )
+    assert apart(scaled.value, 1e-9 * expected) <= 1e-7  # the tolerance is relative to ∇L
     assert exact.direction.shape == found.solution.shape
 
 

@@ -179,6 +179,27 @@ def test_samples_that_fail_are_told_apart_and_best_iterates_kept():
     torch.testing.assert_close(root.residuals, function(root.solution).norm(dim=1))
 
 
+def test_a_sample_that_becomes_infinite_ends_there():
+    root = broyden(lambda z: 1 / (1 - z), torch.zeros(1, 2, dtype=F64))  # the first step leads to z = 1
+    assert root.iterations.tolist() == [1]
+    torch.testing.assert_close(root.solution, torch.zeros(1, 2, dtype=F64), rtol=0, atol=0)
+
+
+def test_the_tolerance_is_absolute_or_relative_to_the_start():
+    _, function, _, offset = affine()
+    small = 1e-6 / float(offset.norm())
+    start = torch.zeros_like(offset)
+
+    def solve(**how):
+        return broyden(lambda z: small * function(z / small), start, Broyden(tolerance=1e-5, **how))
+
+    assert (solve().iterations == 0).all()
+    root = solve(relative=True)
+    assert (root.iterations > 0).all()
+    assert (root.residuals <= 1e-5 * small * offset.norm(dim=1)).all()
+    assert root.converged.all()
+
+
 def spd(d, condition, seed=0):
     basis, _ = torch.linalg.qr(draws(d, d, seed=seed))
     return (basis * condition ** torch.linspace(0, 1, d, dtype=F64)) @ basis.T
@@ -236,6 +257,35 @@ def test_lbfgs_minimises_rosenbrock_in_any_shape():
     torch.testing.assert_close(found.solution, torch.ones(2, 3, dtype=F64), rtol=1e-5, atol=1e-5)
 
 
+@given(st.floats(-6, 6), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.filterwarnings("ignore:L-BFGS ended")
+def test_steps_satisfy_the_weak_wolfe_conditions_whatever_the_scale(log_scale, seed):
+    scale, start = 10**log_scale, draws(4, seed=seed) + 3
+
+    def function(x):
+        return scale * (x.square() / 2 + x.cos()).sum()
+
+    found = lbfgs(function, start, Lbfgs(iterations=1, tolerance=1e-12))
+    assert found.iterations == 1
+    before, after = (torch.func.grad(function)(one) for one in (start, found.solution))
+    step = found.solution - start
+    assert found.value <= float(function(start) + 1e-4 * before @ step)
+    assert float(after @ step) >= 0.9 * float(before @ step)
+
+
+def test_lbfgs_stops_relative_to_the_start_if_asked():
+    def function(x):
+        return 1e-8 * (x.square().sum() / 2 + x.exp().sum())
+
+    start = torch.ones(3, dtype=F64)
+    assert lbfgs(function, start).iterations == 0
+    first = float(torch.func.grad(function)(start).norm())
+    found = lbfgs(function, start, Lbfgs(tolerance=1e-6, relative=True))
+    assert found.converged
+    assert 0 < found.residual <= 1e-6 * first
+
+
 def test_lbfgs_says_when_it_ends_early():
     hessian = spd(20, 1e4)
     with pytest.warns(UserWarning, match=r"ended after 3 iterations with a gradient of norm .* raise iterations"):
@@ -251,6 +301,7 @@ def test_lbfgs_says_when_it_ends_early():
         (lambda: Broyden(memory=2.5), r"memory must be a whole number from 1, got 2.5"),
         (lambda: Broyden(tolerance=0.0), r"tolerance must be a number above 0, got 0.0"),
         (lambda: Broyden(tolerance=float("nan")), r"tolerance must be a number above 0, got nan"),
+        (lambda: Broyden(tolerance=abs), r"tolerance must be a number above 0, got <built-in function abs>"),
         (lambda: Broyden(relative="yes"), r"relative must be one of True, False, got 'yes'"),
         (lambda: Broyden(update="bad"), r"update must be one of 'secant', 'adjoint', got 'bad'"),
         (lambda: Broyden(outer_every=0), r"outer_every must be a whole number of iterations from 1, or None, got 0"),
