@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from . import roots
-from .checks import Number, check_choice, check_number, check_period, number, period, resolve
+from .checks import Number, check_choice, check_count, check_number, check_period, number, period, resolve
 from .finish import Finish
 from .partition import Partition
 
@@ -47,6 +47,8 @@ class Moment:
         sharing: for ``"signals"``, of a layer's shared positions: ``"expand"``: each counts by itself; ``"reduce"``: inputs
             are averaged and output gradients summed first (Eschenhagen et al. 2023).
         subsample: use every s-th example only (for ``"expand"``, position), scaled up to all.
+        window: keep the last W batch gradients instead of the matrices of their second moment, and forget what is older
+            (see :class:`~curvlib.blocks.WindowBlock`).
     """
 
     of: Literal["gradient", "momentum", "samples", "signals"] = "gradient"
@@ -61,6 +63,7 @@ class Moment:
     labels: Labels = "data"
     sharing: Literal["expand", "reduce"] = "expand"
     subsample: int = 1
+    window: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("of", self.of, ("gradient", "momentum", "samples", "signals"))
@@ -74,6 +77,13 @@ class Moment:
         check_number("initial", self.initial)
         if not self.listens and self.labels != "data" and (self.of, self.labels) != ("gradient", "sampled"):
             raise ValueError(f"labels={self.labels!r} needs of='samples' or of='signals', got of={self.of!r}")
+        if self.window is not None:
+            check_count("window", self.window)
+            if self.listens or self.initial != 0:
+                raise ValueError(
+                    "window keeps batch gradients, of='gradient' or of='momentum', with initial=0; "
+                    f"got of={self.of!r}, initial={self.initial!r}"
+                )
         if self.drawn and self.centered:
             raise ValueError("centered=True needs labels='data'")
         if self.of == "signals" and self.composition != "independent":

@@ -11,6 +11,7 @@ from .eigenbasis import EigenbasisBlock, LikelihoodBlock, RunningEigenbasisBlock
 from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
 from .rank_one import RankOneBlock
 from .standard import StandardBlock
+from .window import WindowBlock
 
 __all__ = [
     "BLOCKED_KRONECKER",
@@ -33,6 +34,7 @@ __all__ = [
     "StandardBlock",
     "State",
     "Sums",
+    "WindowBlock",
     "block_for",
 ]
 
@@ -48,4 +50,6 @@ def block_for(layout: Layout, recipe: Recipe, joined: bool = False) -> Block | N
         if not issubclass(recipe.block, Block):
             raise TypeError(f"block must be a subclass of curvlib.blocks.Block, got {recipe.block!r}")
         return recipe.block(layout, recipe)
+    if recipe.moment.window is not None:
+        return WindowBlock(layout, recipe)
     return (DiagonalBlock if layout.elementwise and not joined else StandardBlock)(layout, recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -79,6 +80,9 @@ class MBF(CurvatureOptimizer):
             examples, F_b <- β F_b + (1 - β) 1/N Σ_n g_nb g_nbᵀ, the Fisher itself, for which layers are listened to.
         labels: of those examples: ``"data"``, ``"sampled"`` or ``"exact"``; the last two need ``observe`` in the loop.
         subsample: use every s-th example only.
+        window: keep the last W batch gradients of linear layers instead of matrices, for ``linear_blocks="output"`` or
+            ``"input"``: the same average but for a share of β^W, in W numbers a weight (see
+            :class:`~curvlib.blocks.WindowBlock`). It is solved at every statistic.
         stagger: spread the inverses of a period over its steps.
         diagonal_beta: β of the diagonal rule and of grafting.
         eps: added to their denominators.
@@ -108,6 +112,7 @@ class MBF(CurvatureOptimizer):
         of: Literal["gradient", "samples"] = "gradient",
         labels: Labels = "data",
         subsample: int = 1,
+        window: int | None = None,
         diagonal_beta: float = 0.999,
         eps: float = 1e-8,
         maximize: bool = False,
@@ -137,6 +142,7 @@ class MBF(CurvatureOptimizer):
             of=of,
             labels=labels,
             subsample=subsample,
+            window=window,
             diagonal_beta=diagonal_beta,
             eps=eps,
         )
@@ -158,6 +164,7 @@ def mbf(
     of: Literal["gradient", "samples"],
     labels: Labels,
     subsample: int,
+    window: int | None,
     diagonal_beta: float,
     eps: float,
 ) -> Table:
@@ -173,7 +180,8 @@ def mbf(
         Grafting(grafting, diagonal_beta, eps) if grafting else None,
     )
     schedule = Schedule(statistics_every, refresh_every, dense_start, stagger)
-    linear = Recipe(LINEAR_BLOCKS.get(linear_blocks, linear_blocks), moment, root, rule, schedule, join_bias=True)
+    partition, windowed = LINEAR_BLOCKS.get(linear_blocks, linear_blocks), replace(moment, window=window)
+    linear = Recipe(partition, windowed, root, rule, schedule, join_bias=True)
     kernels = Recipe(KERNELS, moment, root, rule, schedule)
     diagonal = Recipe(
         DIAGONAL,

@@ -1,0 +1,183 @@
+"""The window block: curvature as the last gradients themselves, solved by Woodbury's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .. import roots
+from ..checks import number
+from ..layout import Layout
+from ..moments import Weight
+from ..precision import flush_subnormals_
+from ..recipe import Recipe
+from ..roots import SILENT, How, RootJob, chosen, solve
+from .base import Block, Spec, State
+from .standard import put_in_place
+
+
+class WindowBlock(Block):
+    """Every mini-block is F = Σ_k w_k g_k g_kᵀ over the last W gradients g_k, which are kept instead of F.
+
+    With A the rows √w_k g_k, and M = A Aᵀ of size W from a Gram matrix that gets one new row a step (Woodbury)::
+
+        (F + λI)^-1 v = (v - Aᵀ (M + λI)^-1 A v) / λ
+
+    and for any power p, with M = V Λ Vᵀ::
+
+        (F + λI)^-p v = λ^-p v + Aᵀ V diag(((Λ + λ)^-p - λ^-p) / Λ) Vᵀ A v
+
+    This is the average of :class:`StandardBlock` but for what left the window: a share of β^W of an EMA. A block of f entries
+    takes W (f + 2W) numbers instead of 2 f². Digits are lost where λ is far below the curvature's size times the precision.
+
+    State of a region: ``window_…``, ``gram_…``, ``core_…`` (the root of M, or its eigenvectors), ``damping_…``; and of all:
+    ``weight``, and ``place``, where the next gradient goes. M is solved with every statistic,
+    whatever the schedule of refreshes.
+    """
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        super().__init__(layout, recipe)
+        moment, damping = recipe.moment, recipe.damping
+        assert moment.window is not None
+        self._length, self._inverse = moment.window, recipe.root.exponent == 1
+        if any(len(r.factors) != 1 or r.factors[0].diagonal or r.ties > 1 for r in layout.regions):
+            raise ValueError(
+                "window keeps gradients of mini-blocks: one dense factor, not tied, such as 'o | i'; "
+                f"got partition {str(recipe.partition)!r}"
+            )
+        if damping.outside or damping.relative_to == "largest" or damping.split:
+            raise ValueError(
+                f"window needs a damping that is absolute or relative to 'trace' or 'layer', got {damping}"
+            )
+
+    def spec(self) -> dict[str, Spec]:
+        """The window ``[blocks, W, f]``, its Gram matrix and the root of that, ``[blocks, W, W]``, and weights ``[W]``."""
+        w = self._length
+        specs = {"weight": Spec((w,)), "place": Spec((1,), dtype=torch.int64)}
+        for index, region in enumerate(self.layout.regions):
+            blocks = region.blocks
+            specs[f"window_{index}"] = Spec((blocks, w, region.factors[0].size))
+            specs[f"gram_{index}"] = Spec((blocks, w, w))
+            specs[f"core_{index}"] = Spec((blocks, w, w), "cores")
+            if not self._inverse:
+                specs[f"values_{index}"] = Spec((blocks, w), "cores")
+            specs[f"damping_{index}"] = Spec((blocks,), "cores", fill=1.0)
+            specs[f"residual_{index}"] = Spec((blocks,), "diagnostics")
+            specs[f"kept_{index}"] = Spec((blocks,), "diagnostics", dtype=torch.int64)
+        return specs
+
+    def update(self, state: State, operand: Tensor, keep: Weight, gain: Weight) -> None:
+        """Put the gradients where the oldest are, and their products with the window into the Gram matrix."""
+        place = state["place"][0]  # operands of a batch have taken equally many statistics
+        new = torch.as_tensor(gain, device=operand.device) > 0  # nothing is forgotten for a step that is masked
+        weight = state["weight"]
+        weight.mul_(keep)
+        weight.index_copy_(1, place, torch.where(new, gain, weight.index_select(1, place)).to(weight.dtype))
+        for index, block in enumerate(self.layout.block(operand)):
+            window, gram = (state[f"{name}_{index}"].flatten(0, 1) for name in ("window", "gram"))
+            window.index_copy_(1, place, torch.where(new, block, window.index_select(1, place)))
+            row = torch.bmm(window, window.index_select(1, place).mT)  # own W 1
+            gram.index_copy_(2, place, row)
+            gram.index_copy_(1, place, row.mT)
+        state["place"].add_(new).remainder_(self._length)
+
+    def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
+        """A job for the small matrix of every block."""
+        power = float(recipe.root.exponent)
+        how = self._how(recipe, state["weight"].dtype)
+        for index, m, damping in self._prepared(state, recipe, scale):
+            state[f"damping_{index}"].flatten().copy_(damping)
+            core = state[f"core_{index}"].flatten(0, 1)
+            values = None if power == 1 else state[f"values_{index}"].flatten(0, 1)
+            residual, kept = (state[f"{what}_{index}"].flatten() for what in ("residual", "kept"))
+            yield RootJob(m, 1.0, damping, how, core, residual, kept, values)
+
+    def correct(self, state: State, operand: Tensor, recipe: Recipe, keep: Weight, gain: Weight, scale: float) -> None:
+        """Solve, if no refresh has done so: a root of another window would be of no use."""
+        if not recipe.schedule.every_step:
+            roots.refresh(self.roots(state, recipe, scale))
+
+    def _how(self, recipe: Recipe, dtype: torch.dtype) -> How:
+        dtype = torch.float64 if recipe.root.dtype == "float64" else dtype
+        floor = None if recipe.damping.relative_to is None else number(recipe.damping.floor)
+        tolerance = recipe.root.tolerance
+        if not self._inverse:
+            return chosen(How(1.0, recipe.root.solver, dtype, tolerance=tolerance, basis=True))
+        return chosen(How(1.0, recipe.root.solver, dtype, floor=floor, tolerance=tolerance))
+
+    def _prepared(self, state: State, recipe: Recipe, scale: float) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(region, M, λ) with M ``[n * blocks, W, W]`` and λ ``[n * blocks]``."""
+        for index, region in enumerate(self.layout.regions):
+            gram, root = state[f"gram_{index}"].flatten(0, 1), self._weights(state, region.blocks, scale).sqrt()
+            m = root[:, :, None] * gram * root[:, None, :]
+            rule, value = recipe.damping, number(recipe.damping.value)
+            damping = m.new_full((m.shape[0],), value)
+            if rule.relative_to is not None:
+                mean = m.diagonal(dim1=1, dim2=2).sum(1) / max(1, region.factors[0].size)
+                if rule.relative_to == "layer":
+                    mean = mean.unflatten(0, (-1, region.blocks)).mean(1).repeat_interleave(region.blocks)
+                damping = (value * mean).clamp_min(number(rule.floor))
+            yield index, m, damping
+
+    def _weights(self, state: State, blocks: int, scale: float) -> Tensor:
+        """``[n * blocks, W]``."""
+        return (state["weight"] * scale).repeat_interleave(blocks, 0)
+
+    def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
+        """Two passes over the window."""
+        cores = list(self._cores(state, recipe, exponent, scale))
+        directions = []
+        for (index, plain, core), block in zip(cores, self.layout.block(operand), strict=True):
+            root = self._weights(state, self.layout.regions[index].blocks, scale).sqrt()[:, :, None]
+            rows = state[f"window_{index}"].flatten(0, 1) * root  # own W f
+            along = torch.bmm(core, torch.bmm(rows, block.mT))  # own W 1
+            directions.append(flush_subnormals_(torch.baddbmm(plain[:, None, None] * block, along.mT, rows)))
+        return self.layout.unblock(directions, operand)
+
+    def _cores(
+        self, state: State, recipe: Recipe, exponent: float, scale: float
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(region, a, C) so that the power is aI + AᵀCA."""
+        for index, m, damping in self._prepared(state, recipe, scale):
+            if exponent == -1:
+                yield (
+                    index,
+                    m.new_zeros(m.shape[0]),
+                    torch.eye(self._length, dtype=m.dtype, device=m.device).expand_as(m),
+                )
+                continue
+            stored = exponent == recipe.root.exponent
+            λ = state[f"damping_{index}"].flatten() if stored else damping * float(exponent > 0)
+            silent = (λ <= SILENT) & (recipe.damping.relative_to is not None and exponent > 0)
+            if stored and self._inverse:
+                plain, core = 1 / λ, state[f"core_{index}"].flatten(0, 1) / -λ[:, None, None]
+            else:
+                if stored:
+                    vectors, values = (state[f"{name}_{index}"].flatten(0, 1) for name in ("core", "values"))
+                else:
+                    basis = chosen(How(1.0, "auto", m.dtype, basis=True))
+                    solved, _ = solve(m, torch.zeros_like(damping), basis)
+                    vectors, values = solved[:, :-1], solved[:, -1]
+                plain, share = _shares(values, λ, exponent)
+                core = (vectors * share[:, None, :]) @ vectors.mT
+            yield index, torch.where(silent, 1.0, plain), torch.where(silent[:, None, None], 0.0, core)
+
+    def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
+        """Σ_k w_k g_k g_kᵀ, put in place."""
+        blocks = []
+        for index, region in enumerate(self.layout.regions):
+            rows = state[f"window_{index}"].flatten(0, 1)
+            blocks.append((rows * self._weights(state, region.blocks, scale)[:, :, None]).mT @ rows)
+        return put_in_place(self.layout, blocks, next(iter(state.values())))
+
+
+def _shares(values: Tensor, damping: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+    """λ^-p, and ((Λ + λ)^-p - λ^-p) / Λ without cancellation: ``[B]`` and ``[B, W]``."""
+    if exponent < 0:  # undamped: Λ^-p / Λ, and nothing outside the window
+        positive = values.clamp_min(torch.finfo(values.dtype).tiny)
+        return torch.zeros_like(damping), torch.where(values > 0, positive ** (-exponent - 1), 0.0)
+    ratio = (values / damping[:, None]).clamp_min(torch.finfo(values.dtype).eps ** 2)
+    share = torch.expm1(-exponent * torch.log1p(ratio)) / ratio
+    return damping**-exponent, share * damping[:, None] ** (-exponent - 1)
