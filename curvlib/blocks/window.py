@@ -78,9 +78,9 @@ class WindowBlock(Block):
         for index, block in enumerate(self.layout.block(operand)):
             window, gram = (state[f"{name}_{index}"].flatten(0, 1) for name in ("window", "gram"))
             window.index_copy_(1, place, torch.where(new, block, window.index_select(1, place)))
-            row = torch.bmm(window, window.index_select(1, place).mT)  # own W 1
-            gram.index_copy_(2, place, row)
-            gram.index_copy_(1, place, row.mT)
+            row = torch.bmm(window.index_select(1, place), window.mT)  # own 1 W
+            gram.index_copy_(1, place, row)
+            gram.index_copy_(2, place, row.mT)
         state["place"].add_(new).remainder_(self._length)
 
     def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
@@ -130,10 +130,10 @@ class WindowBlock(Block):
         cores = list(self._cores(state, recipe, exponent, scale))
         directions = []
         for (index, plain, core), block in zip(cores, self.layout.block(operand), strict=True):
-            root = self._weights(state, self.layout.regions[index].blocks, scale).sqrt()[:, :, None]
-            rows = state[f"window_{index}"].flatten(0, 1) * root  # own W f
-            along = torch.bmm(core, torch.bmm(rows, block.mT))  # own W 1
-            directions.append(flush_subnormals_(torch.baddbmm(plain[:, None, None] * block, along.mT, rows)))
+            root = self._weights(state, self.layout.regions[index].blocks, scale).sqrt()[:, None]
+            window = state[f"window_{index}"].flatten(0, 1)  # own W f
+            along = root * torch.bmm(root * torch.bmm(block, window.mT), core)  # own 1 W; the core is symmetric
+            directions.append(flush_subnormals_(torch.baddbmm(plain[:, None, None] * block, along, window)))
         return self.layout.unblock(directions, operand)
 
     def _cores(
