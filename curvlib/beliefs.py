@@ -310,6 +310,8 @@ def _root_of_one_plus(gram: Tensor) -> Tensor:
     """The Cholesky factor of I + a positive semidefinite matrix."""
     gram = gram.clone()
     gram.diagonal().add_(1.0)
+    if not gram.isfinite().all():  # the factor of an infinite matrix may be finite to its solves, and the step zero
+        raise torch.linalg.LinAlgError("a product of the Jacobian overflows")
     return torch.linalg.cholesky(gram)
 
 

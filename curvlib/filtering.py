@@ -117,7 +117,7 @@ class Filter(Generic[B]):
             jacobian, expected = self._linearised(inputs, observation)
             target = observation.target(observed, expected)
             root = torch.linalg.cholesky(self._covariance(observation, expected))
-            both = torch.cat([jacobian, (target - expected).flatten(1).unsqueeze(-1)], -1)
+            both = torch.cat([jacobian, (target - expected).view(len(inputs), -1, 1)], -1)
             white = torch.linalg.solve_triangular(root, both, upper=False).flatten(0, 1)
             belief, step = self.belief.conditioned(white[:, :-1], white[:, -1])
             mean, noise, examples = self.mean + step, self.noise, self.examples + len(inputs)
@@ -164,7 +164,7 @@ class Filter(Generic[B]):
             count, outputs, size = jacobian.shape
             solved = self.belief.solve(jacobian.reshape(-1, size).mT).mT.view(count, outputs, size)
             covariance = jacobian @ solved.mT + self._covariance(observation, expected)
-            return expected.flatten(1), (covariance + covariance.mT) / 2
+            return expected.reshape(count, -1), (covariance + covariance.mT) / 2
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes, as copies; settings and model are the caller's."""
@@ -195,7 +195,7 @@ class Filter(Generic[B]):
 
     def _covariance(self, observation: Observation, expected: Tensor) -> Tensor:
         variance = self.noise if observation.adaptive else self.noise.new_tensor(number(observation.variance))
-        return observation.covariance(expected.flatten(1), variance)
+        return observation.covariance(expected.reshape(len(expected), -1), variance)
 
     def _expected(self, mean: Tensor, inputs: Tensor, observation: Observation) -> Tensor:
         """The mean h of observations for ``[n, ...]``, at parameters."""
