@@ -18,7 +18,7 @@ Inflation = Literal["bayesian", "simple", "hybrid"]
 
 @dataclass(frozen=True)
 class Dynamics:
-    """How parameters move between observations (Chang et al. 2023, §3; inflation as in the authors' code, ``rebayes``).
+    """How parameters move between observations (Chang et al. 2023; inflation as in its authors' code).
 
     Before a prediction, an inflation α > 0 tempers what was learned; with N(m₀, η⁻¹ I) the prior, moved along::
 

@@ -241,10 +241,10 @@ class Filter(Generic[B]):
 
 
 class LoFi(Filter[LowRankPrecision]):
-    """LO-FI: an extended Kalman filter whose precision is diag(Υ) + W Wᵀ (Chang et al. 2023, algorithm 1).
+    """LO-FI: an extended Kalman filter whose precision is diag(Υ) + W Wᵀ (Chang et al. 2023).
 
     Time and memory of a step are O(P (L + nC)²) and O(P (L + nC)), for n examples of C outputs. With L = 0 only the
-    diagonal of the precision is kept, which the paper names as the variational diagonal filter.
+    diagonal of the precision is kept, the variational diagonal filter of the authors' code; with L = P nothing is lost.
 
     Example:
         >>> lofi = LoFi(model, prior_variance=0.1, memory=10)

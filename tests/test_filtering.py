@@ -118,8 +118,19 @@ def test_an_update_steps_exactly_and_keeps_the_best_columns_and_the_diagonal(dra
 
 
 @pytest.mark.parametrize("spherical", [False, True])
-@pytest.mark.parametrize("dynamics", [Dynamics(), MOVING, Dynamics(0.9, steady_state=True)], ids=repr)
-@pytest.mark.parametrize("likelihood", ["gaussian", "categorical", "bernoulli"])
+@pytest.mark.parametrize(
+    ("likelihood", "dynamics"),
+    [
+        ("gaussian", Dynamics()),
+        ("gaussian", MOVING),
+        ("gaussian", Dynamics(0.95, 0.02, inflation=0.1, kind="simple")),
+        ("gaussian", Dynamics(0.95, 0.02, inflation=0.1, kind="hybrid")),
+        ("gaussian", Dynamics(0.9, steady_state=True)),
+        ("categorical", MOVING),
+        ("bernoulli", MOVING),
+    ],
+    ids=repr,
+)
 def test_with_all_the_memory_lofi_is_the_dense_filter(likelihood, dynamics, spherical):
     observation = Observation(likelihood, variance=0.5, adaptive=likelihood == "gaussian")
     models = network(), network()
@@ -127,7 +138,7 @@ def test_with_all_the_memory_lofi_is_the_dense_filter(likelihood, dynamics, sphe
     shared = dict(prior_variance=0.5, dynamics=dynamics, observation=observation)
     lofi = LoFi(models[0], memory=size, spherical=spherical, **shared)
     dense = ExtendedKalmanFilter(models[1], **shared)
-    steps, condition = 30, 1.0
+    steps, condition = 20, 1.0
     for step in range(steps):
         batch = examples(likelihood, step, count=1 + step % 3)
         lofi.step(*batch)
