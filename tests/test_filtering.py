@@ -409,6 +409,19 @@ def test_resumed_equals_uninterrupted(kind):
         assert (whole.examples, whole.updates) == (other.examples, other.updates) == (8, 8)
 
 
+@pytest.mark.parametrize("kind", [LoFi, ExtendedKalmanFilter])
+def test_a_state_is_a_copy(kind):
+    one, other = kind(network()), kind(network(1))
+    state = one.state_dict()
+    other.load_state_dict(state)
+    mean, dense = one.mean.clone(), one.belief.dense()
+    for tensor in (state["mean"], state["prior_mean"], *state["belief"].values()):
+        tensor.fill_(7.0)
+    for each in (one, other):
+        assert torch.equal(each.mean, mean)
+        assert torch.equal(each.belief.dense(), dense)
+
+
 def test_foreign_states_are_refused_and_change_nothing():
     lofi = LoFi(network(), memory=3)
     before = lofi.state_dict()
