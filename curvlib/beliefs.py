@@ -179,7 +179,7 @@ class LowRankPrecision(Gaussian):
         basis: W ``[P, L]``.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit, and numbers of the diagonal that are not positive.
     """
 
     diagonal: Tensor
@@ -191,6 +191,8 @@ class LowRankPrecision(Gaussian):
                 f"diagonal and basis must be [P] or [], and [P, L], got {list(self.diagonal.shape)} "
                 f"and {list(self.basis.shape)}"
             )
+        if (self.diagonal <= 0).any():
+            raise ValueError(f"diagonal must be positive, got {self.diagonal.min().item():g}")
 
     def dense(self) -> Tensor:
         """The precision Λ ``[P, P]``."""
@@ -263,9 +265,16 @@ class DenseCovariance(Gaussian):
 
     Args:
         matrix: symmetric and positive definite.
+
+    Raises:
+        ValueError: for a matrix that is not square.
     """
 
     matrix: Tensor
+
+    def __post_init__(self) -> None:
+        if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+            raise ValueError(f"matrix must be [P, P], got {list(self.matrix.shape)}")
 
     def dense(self) -> Tensor:
         """The precision Λ ``[P, P]``."""
@@ -298,7 +307,7 @@ class DenseCovariance(Gaussian):
         return replace(self, matrix=moved)
 
     def conditioned(self, rows: Tensor, residual: Tensor) -> tuple[Self, Tensor]:
-        """Joseph's form, (I - K J) Σ (I - K J)ᵀ + K Kᵀ with K = Σ Jᵀ (I + J Σ Jᵀ)⁻¹, which rounding leaves positive."""
+        """Joseph's form, (I - K J) Σ (I - K J)ᵀ + K Kᵀ with K = Σ Jᵀ (I + J Σ Jᵀ)⁻¹: an error of K counts squared."""
         product = rows @ self.matrix
         gain = torch.cholesky_solve(product, _root_of_one_plus(product @ rows.mT)).mT
         less = self.matrix - gain @ product

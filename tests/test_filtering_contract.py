@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvlib.filtering import Dynamics, ExtendedKalmanFilter, LoFi, LowRankPrecision, Observation
+from curvlib.filtering import DenseCovariance, Dynamics, ExtendedKalmanFilter, LoFi, LowRankPrecision, Observation
 from tests.filters import MOVING, examples, linear, network, normal
 
 
@@ -101,6 +101,9 @@ def test_frozen_parameters_stay_and_narrow_ones_have_a_wide_mean():
         (lambda: LoFi(network(), normal(3)), "initial must be None for a module"),
         (lambda: LoFi(linear, torch.tensor([math.inf])), "parameters must be finite"),
         (lambda: LowRankPrecision(torch.ones(2), torch.ones(3, 1)), "diagonal and basis must be"),
+        (lambda: LowRankPrecision(torch.tensor([1.0, -2.0]), torch.ones(2, 1)), "diagonal must be positive, got -2"),
+        (lambda: LoFi(network().float(), prior_variance=1e60), "diagonal must be positive, got 0"),
+        (lambda: DenseCovariance(torch.ones(2, 3)), r"matrix must be \[P, P\], got \[2, 3\]"),
     ],
 )
 def test_bad_settings_are_refused_in_words(build, words):
