@@ -191,6 +191,7 @@ def test_lofi_follows_the_authors_equations(memory, likelihood, spherical):
     condition = torch.linalg.cond(expected).item() * (1e3 if likelihood == "categorical" else 1.0)
     assert_near(lofi.mean, torch.from_numpy(m), condition, 12)
     assert_near(lofi.belief.dense(), expected, condition, 12)
+    assert torch.linalg.eigvalsh(lofi.belief.dense()).min() > 0
     assert lofi.prior_precision == pytest.approx(eta, rel=100 * U)
     assert_near(lofi.prior_mean, torch.from_numpy(m0), 1.0, 12)
 
