@@ -232,9 +232,9 @@ class LowRankPrecision(Gaussian):
         """
         moved = (gamma**2 / self.diagonal + q).reciprocal()
         ratio = (moved / self.diagonal).unsqueeze(-1)
-        root = _root_of_one_plus(q * self.basis.mT @ (self.basis * ratio))
-        basis = torch.linalg.solve_triangular(root, gamma * (self.basis * ratio).mT, upper=False).mT
-        return replace(self, diagonal=moved, basis=basis)
+        root = _root_of_one_plus(q * _gram(self.basis, self.basis * ratio))
+        basis = torch.linalg.solve_triangular(root, gamma * (self.basis * ratio).mT.double(), upper=False).mT
+        return replace(self, diagonal=moved, basis=basis.to(self.basis.dtype))
 
     def conditioned(self, rows: Tensor, residual: Tensor) -> tuple[Self, Tensor]:
         """Λ + Jᵀ J back in L columns, and the exact step of the mean (Chang et al. 2023, update step).
@@ -246,17 +246,24 @@ class LowRankPrecision(Gaussian):
         memory = self.basis.shape[1]
         wide = torch.cat([self.basis, rows.mT], 1)
         scaled = wide / self.diagonal.unsqueeze(-1)
-        late = F.pad(residual, (memory, 0)).unsqueeze(-1)
-        step = scaled @ torch.cholesky_solve(late, _root_of_one_plus(wide.mT @ scaled))
-        _, vectors = torch.linalg.eigh(wide.mT @ wide)
-        kept, dropped = (wide @ vectors.flip(-1)).tensor_split([memory], 1)
-        diagonal = self.diagonal + dropped.square().sum(1) if self.diagonal.ndim else self.diagonal
-        return replace(self, diagonal=diagonal, basis=kept.contiguous()), step.squeeze(-1)
+        late = F.pad(residual, (memory, 0)).unsqueeze(-1).double()
+        weights = torch.cholesky_solve(late, _root_of_one_plus(_gram(wide, scaled)))
+        values, vectors = torch.linalg.eigh(_gram(wide, wide))
+        # What is rounding of the largest is no column: it would come back ever smaller, and eigh fails on subnormals.
+        kept = values > len(values) * torch.finfo(values.dtype).eps * values.amax()
+        kept[: len(values) - memory] = False
+        columns = wide @ vectors.to(wide.dtype)
+        diagonal = self.diagonal
+        if diagonal.ndim:
+            diagonal = diagonal + torch.where(kept, 0.0, columns).square().sum(1)
+        basis = torch.where(kept, columns, 0.0).flip(-1)[:, :memory].contiguous()
+        return replace(self, diagonal=diagonal, basis=basis), (scaled @ weights.to(wide.dtype)).squeeze(-1)
 
     def _whitened(self) -> Tensor:
         """T ``[L, P]`` with Λ⁻¹ = Υ⁻¹ - Tᵀ T."""
         scaled = self.basis / self.diagonal.unsqueeze(-1)
-        return torch.linalg.solve_triangular(_root_of_one_plus(self.basis.mT @ scaled), scaled.mT, upper=False)
+        root = _root_of_one_plus(_gram(self.basis, scaled))
+        return torch.linalg.solve_triangular(root, scaled.mT.double(), upper=False).to(scaled.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,6 +320,11 @@ class DenseCovariance(Gaussian):
         less = self.matrix - gain @ product
         matrix = less - (less @ rows.mT) @ gain.mT + gain @ gain.mT
         return replace(self, matrix=_symmetric(matrix)), gain @ residual
+
+
+def _gram(left: Tensor, right: Tensor) -> Tensor:
+    """The small matrix Aᵀ B, in float64: it has the squares of what it is made of."""
+    return left.mT.double() @ right.double()
 
 
 def _root_of_one_plus(gram: Tensor) -> Tensor:

@@ -142,11 +142,21 @@ def test_bad_examples_are_refused_and_change_nothing(kind, likelihood, change, e
 
 
 def test_what_overflows_is_said_in_words():
-    for one in (LoFi(nn.Linear(3, 1), memory=2), ExtendedKalmanFilter(nn.Linear(3, 1))):
+    for one in (LoFi(nn.Linear(3, 1).double(), memory=2), ExtendedKalmanFilter(nn.Linear(3, 1).double())):
         before = one.mean.clone()
         with pytest.raises(FloatingPointError, match="nothing was changed"):
-            one.step(torch.full((1, 3), 1e30), torch.zeros(1, 1))
+            one.step(torch.full((1, 3), 1e200).double(), torch.zeros(1, 1))
         assert torch.equal(one.mean, before)
     broken = LoFi(lambda theta, inputs: inputs @ theta.log().unsqueeze(1), torch.tensor([-1.0]))
     with pytest.raises(FloatingPointError, match="outputs or their Jacobian are not finite"):
         broken.step(torch.ones(1, 1), torch.zeros(1))
+
+
+def test_columns_that_are_not_used_stay_zero():
+    lofi = LoFi(network().float(), memory=20, prior_variance=0.3, observation=Observation(variance=0.01))
+    for step in range(5):
+        lofi.step(normal(1, 3, seed=step).float(), normal(1, 2, seed=step).float())
+    norms = lofi.belief.basis.norm(dim=0)
+    assert (norms[:10] > 0).all()
+    assert (norms[10:] == 0).all()
+    assert (norms[:-1] >= norms[1:] * (1 - 1e-6)).all()
