@@ -145,7 +145,7 @@ def test_what_overflows_is_said_in_words():
     for one in (LoFi(nn.Linear(3, 1).double(), memory=2), ExtendedKalmanFilter(nn.Linear(3, 1).double())):
         before = one.mean.clone()
         with pytest.raises(FloatingPointError, match="nothing was changed"):
-            one.step(torch.full((1, 3), 1e200).double(), torch.zeros(1, 1))
+            one.step(torch.full((1, 3), 1e200, dtype=torch.float64), torch.zeros(1, 1))
         assert torch.equal(one.mean, before)
     broken = LoFi(lambda theta, inputs: inputs @ theta.log().unsqueeze(1), torch.tensor([-1.0]))
     with pytest.raises(FloatingPointError, match="outputs or their Jacobian are not finite"):
