@@ -244,7 +244,7 @@ class LowRankPrecision(Gaussian):
         squares of the others are added to Υ, which keeps the diagonal of Λ, or dropped if Υ is one number.
         """
         memory = self.basis.shape[1]
-        wide = torch.cat([self.basis, rows.mT], 1)
+        wide = torch.cat([self.basis, rows.mT], 1).double()
         scaled = wide / self.diagonal.unsqueeze(-1)
         late = F.pad(residual, (memory, 0)).unsqueeze(-1).double()
         weights = torch.cholesky_solve(late, _root_of_one_plus(_gram(wide, scaled)))
@@ -252,12 +252,12 @@ class LowRankPrecision(Gaussian):
         # What is rounding of the largest is no column: it would come back ever smaller, and eigh fails on subnormals.
         kept = values > len(values) * torch.finfo(values.dtype).eps * values.amax()
         kept[: len(values) - memory] = False
-        columns = wide @ vectors.to(wide.dtype)
+        columns = wide @ vectors
         diagonal = self.diagonal
         if diagonal.ndim:
-            diagonal = diagonal + torch.where(kept, 0.0, columns).square().sum(1)
-        basis = torch.where(kept, columns, 0.0).flip(-1)[:, :memory].contiguous()
-        return replace(self, diagonal=diagonal, basis=basis), (scaled @ weights.to(wide.dtype)).squeeze(-1)
+            diagonal = diagonal + torch.where(kept, 0.0, columns).square().sum(1).to(diagonal.dtype)
+        basis = torch.where(kept, columns, 0.0).flip(-1)[:, :memory].to(rows.dtype).contiguous()
+        return replace(self, diagonal=diagonal, basis=basis), (scaled @ weights).squeeze(-1).to(rows.dtype)
 
     def _whitened(self) -> Tensor:
         """T ``[L, P]`` with Λ⁻¹ = Υ⁻¹ - Tᵀ T."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from curvlib.filtering import DenseCovariance
+from curvlib.filtering import DenseCovariance, LowRankPrecision
 from tests.filters import assert_near, generator, low_rank, normal
 
 sizes = st.tuples(st.integers(1, 12), st.integers(0, 14), st.booleans(), st.integers(0, 1000))
@@ -85,3 +85,16 @@ def test_samples_have_the_belief_as_their_covariance():
             error.abs().max() <= 6 * math.sqrt(2 / len(draws)) * covariance.diagonal().max()
         )  # six standard deviations
         assert torch.equal(draws, belief.sample(200_000, generator(3)))
+
+
+def test_what_float32_would_square_away_is_kept():
+    basis = (1e4 * normal(8, 1) + normal(8, 3, seed=1)).float()  # the squares of its singular values: 1e9, 1e1, 1e1
+    belief, rows = LowRankPrecision(torch.ones(8), basis), (1e4 * normal(8, 1).T + normal(1, 8, seed=2)).float()
+    wide = LowRankPrecision(torch.ones(8, dtype=torch.float64), basis.double())
+    vector, near = normal(8, seed=3), 100 * torch.finfo(torch.float32).eps
+    assert (belief.solve(vector.float()) - wide.solve(vector)).abs().max() <= near
+    (after, step), (expected, exact) = (
+        one.conditioned(rows.to(one.basis), torch.ones(1).to(one.basis)) for one in (belief, wide)
+    )
+    assert (step - exact).abs().max() <= near
+    assert (after.solve(vector.float()) - expected.solve(vector)).abs().max() <= near
