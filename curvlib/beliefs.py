@@ -241,7 +241,7 @@ class LowRankPrecision(Gaussian):
 
         With W̃ = [W, Jᵀ] the step is Υ⁻¹ W̃ (I + W̃ᵀ Υ⁻¹ W̃)⁻¹ [0; r], the paper's gain times the residual with a product
         less to cancel. W̃ᵀ W̃ = V S² Vᵀ, so W̃ V are the left singular vectors times S: the first L columns stay, the
-        squares of the others are added to Υ, which keeps the diagonal of Λ, or dropped if Υ is one number.
+        squares of the others are added to Υ, which keeps the diagonal of Λ, or dropped if Υ is one number. All in float64.
         """
         memory = self.basis.shape[1]
         wide = torch.cat([self.basis, rows.mT], 1).double()
