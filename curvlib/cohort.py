@@ -25,6 +25,7 @@ from .storage import Bucket
 from .units import Unit
 
 Group = Mapping[str, Any]
+Given = Mapping[str, Mapping[Tensor, Tensor]]
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Cohort:
         updates: statistics averaged so far.
         warm: whether these began with a warm start.
         heard: what the layers of each unit said since the last step, as means over examples; or none.
-        drawn: gradients of the mean loss of drawn labels, by parameter.
+        given: what takes the gradient's place in moments: pass -> parameter -> tensor.
     """
 
     bucket: Bucket
@@ -70,7 +71,7 @@ class Cohort:
     updates: int
     warm: bool
     heard: list[Means] | None = None
-    drawn: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    given: Given = field(default_factory=dict)
     state: dict[str, Any] = field(init=False)
     gradient: Tensors = field(init=False)
     reference: Tensors = field(init=False)
@@ -94,14 +95,14 @@ class Cohort:
 
     def settle(self) -> None:
         """Put gathered rows back."""
-        if self.whole or not self.bucket.packed:
+        if self.whole:
             return
         for name, value in self.bucket.state.items():
-            pairs = (
-                zip(value, self.state[name], strict=True) if isinstance(value, list) else [(value, self.state[name])]
-            )
-            for whole, part in pairs:
-                whole.index_copy_(0, self.index, part)
+            if not isinstance(value, list):
+                value.index_copy_(0, self.index, self.state[name])
+            elif self.bucket.packed:
+                for whole, part in zip(value, self.state[name], strict=True):
+                    whole.index_copy_(0, self.index, part)
 
     def listen(self, groups: Sequence[Group], gate: Tensor | None) -> None:
         """Take in the gradients, average the momentum before preconditioning, and the statistics if they are due."""
@@ -114,8 +115,8 @@ class Cohort:
         if self.bucket.block is not None and self.recipe.schedule.takes_statistics(self.step):
             keep, gain = self.recipe.moment.weights(self.updates)
             source = self.reference if self.recipe.moment.of == "momentum" else self.gradient
-            if self.recipe.moment.drawn:
-                source = self._drawn_gradients(gate)
+            if self.recipe.moment.extra:
+                source = self._given_gradients(gate)
             self.update(source, gated(keep, 1.0, gate), gated(gain, 0.0, gate))
 
     def update(self, source: Tensors, keep: Weight, gain: Weight) -> None:
@@ -143,22 +144,22 @@ class Cohort:
         """The gradients of the mean loss: one packed batch, or a tensor for every parameter."""
         return self._packed(groups, gate) if self.bucket.packed else self._separate(groups, gate)
 
-    def _drawn_gradients(self, gate: Tensor | None) -> Tensors:
-        """The gradients of drawn labels, as :meth:`gradients` has those of the data; zero where the gate is shut."""
-        dtype = self.bucket.structure.dtype
+    def _given_gradients(self, gate: Tensor | None) -> Tensors:
+        """What another pass found, as :meth:`gradients` has the gradients of the data; zero where the gate is shut."""
+        dtype, found = self.bucket.structure.dtype, self.given.get(self.recipe.moment.extra, {})
 
-        def drawn(parameter: Tensor) -> Tensor:
-            given = self.drawn.get(parameter)
-            value = torch.zeros_like(parameter, dtype=dtype) if given is None else given.to(dtype)
+        def given(parameter: Tensor) -> Tensor:
+            one = found.get(parameter)
+            value = torch.zeros_like(parameter, dtype=dtype) if one is None else one.to(dtype)
             return value if gate is None else torch.where(gate.to(value.device), value, 0.0)
 
         if not self.bucket.packed:
-            return [drawn(unit.lead) for unit in self.units]
+            return [given(unit.lead) for unit in self.units]
         assert self.bucket.workspace is not None
         batch = self.bucket.workspace.new_zeros(len(self.rows), *self.bucket.workspace.shape[1:])
         for unit, one in zip(self.units, batch, strict=True):
             for parameter, window in zip(unit.operand.parameters, unit.operand.windows(one), strict=True):
-                window.copy_(drawn(parameter).view(window.shape))
+                window.copy_(given(parameter).view(window.shape))
         return [batch]
 
     def _separate(self, groups: Sequence[Group], gate: Tensor | None) -> list[Tensor]:
@@ -288,7 +289,7 @@ def cohorts(
     bucket: Bucket,
     recipes: Mapping[Unit, Recipe],
     heard: Mapping[Unit, Means],
-    drawn: Mapping[Tensor, Tensor] | None = None,
+    given: Given | None = None,
 ) -> list[Cohort]:
     """The active units of a bucket, grouped by what must be equal for one call."""
     members: dict[tuple[int, int, int, int, bool], list[int]] = defaultdict(list)
@@ -307,7 +308,7 @@ def cohorts(
             updates,
             bool(warm),
             [heard[bucket.units[row]] for row in rows] if listened else None,
-            drawn or {},
+            given or {},
         )
         for (recipe, step, updates, warm, listened), rows in members.items()
     ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import roots, rules
 from .blocks import Means
 from .checks import number, period
-from .cohort import Cohort, Group, Piece, cohorts
+from .cohort import Cohort, Given, Group, Piece, cohorts
 from .moments import Weight
 from .recipe import Clip, Recipe
 from .roots import RootJob
@@ -49,6 +49,13 @@ class Direction:
         torch._foreach_copy_(self.whole, buffers)
         torch._foreach_neg_(buffers)
 
+    def stretch(self, factors: Tensor) -> None:
+        """Multiply the direction of every operand by its number, ``[n]``."""
+        if self.cohort.bucket.packed:
+            self.whole[0].mul_(factors.view(-1, *[1] * (self.whole[0].ndim - 1)))
+        else:
+            torch._foreach_mul_(list(self.whole), list(factors.unbind()))
+
 
 def directions(
     buckets: Iterable[Bucket],
@@ -56,7 +63,7 @@ def directions(
     groups: Sequence[Group],
     gate: Tensor | None,
     heard: Mapping[Unit, Means],
-    drawn: Mapping[Tensor, Tensor] | None = None,
+    given: Given | None = None,
 ) -> list[Direction]:
     """Take in gradients and statistics, refresh the roots that are due, and precondition everything that has a gradient.
 
@@ -66,9 +73,9 @@ def directions(
         groups: settings: ``lr``, ``weight_decay``, ``maximize``, ``reduction_factor``.
         gate: 0-d bool, False where the whole step must change nothing; ``None`` is open.
         heard: what the layers of listening units said.
-        drawn: gradients of the mean loss of drawn labels.
+        given: what takes the gradient's place in moments: pass -> parameter -> tensor.
     """
-    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, heard, drawn)]
+    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, heard, given)]
     for cohort in active:
         cohort.listen(groups, gate)
     roots.refresh(due_jobs(active))

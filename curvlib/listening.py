@@ -17,8 +17,11 @@ from .ears import TapError, TapWarning
 from .health import warn
 from .labels import LIKELIHOODS, Likelihood, seeds
 from .layers import Reading, Slot
-from .quadratic import Linearised, Minimum, adapted, linearise, minimise
-from .recipe import Quadratic, Recipe
+from .layerwise import scale_steps
+from .models import Layerwise, Model, Quadratic
+from .passes import Passes
+from .quadratic import Minimum, adapted, minimise
+from .recipe import Recipe
 from .routing import Table
 from .taps import Taps
 from .units import Unit
@@ -37,9 +40,7 @@ class Listening:
     _units: list[Unit] | None
     _taps: Taps
     _told: frozenset[str]
-    _seen: list[Linearised]
-    _drawn: dict[Tensor, Tensor]
-    _drawn_examples: int
+    _passes: Passes
 
     def _all_units(self) -> list[Unit]:
         raise NotImplementedError
@@ -112,44 +113,68 @@ class Listening:
 
     def observe(
         self,
-        outputs: Tensor,
+        outputs: Tensor | None = None,
         likelihood: Likelihood | None = None,
         *,
+        loss: Tensor | None = None,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Look at the model's outputs, between the forward pass and ``backward``; does nothing where nothing is due.
+        """Look at the model's outputs, or at the loss, before ``backward``; does nothing where nothing is due.
 
-        With ``labels="sampled"`` or ``"exact"`` this pulls labels from the model back through the network. With any
-        labels it tells the number of examples and which positions are padding.
+        With ``labels="sampled"`` or ``"exact"`` outputs pull labels from the model back through the network. With any
+        labels they tell the number of examples and which positions are padding. Moments of the Hessian and step sizes of
+        layers differentiate the loss twice.
 
         Args:
             outputs: ``[examples, ...]``, with their graph: logits, or means of a Gaussian.
             likelihood: ``"categorical"`` (over the last dimension), ``"bernoulli"``, ``"gaussian"`` (unit variance).
+            loss: the number of which ``backward`` is about to be called, with its graph.
             mask: ``[examples]`` or ``[examples, positions...]``, true where something counts.
-            generator: of the drawn labels; by default they follow from ``optimizer.seed`` and the number of the step.
+            generator: of the drawn labels and signs; by default they follow from ``optimizer.seed`` and the number of the
+                step.
             scale: an example's loss is this times its negative log-likelihood summed over positions: 2 / outputs for a
                 mean squared error, 1 / positions for a mean over a sequence.
 
         Raises:
-            ValueError: for an unknown or missing likelihood, or a mask that does not fit.
+            ValueError: for an unknown or missing likelihood, a mask that does not fit, a loss that is no number.
             TapError: where the layers are not in the graph of the outputs.
         """
+        if outputs is None and loss is None:
+            raise ValueError("observe takes outputs=, loss=, or both; got neither")
         self._all_units()
         if self._taps.pausing:
             return
+        if outputs is not None:
+            self._observe_outputs(outputs, likelihood, mask, generator, scale)
+        if loss is not None:
+            self._observe_loss(loss, generator)
+
+    def _observe_outputs(
+        self,
+        outputs: Tensor,
+        likelihood: Likelihood | None,
+        mask: Tensor | None,
+        generator: torch.Generator | None,
+        scale: float,
+    ) -> None:
         if mask is not None and (mask.dtype != torch.bool or mask.ndim < 1 or mask.shape[0] != outputs.shape[0]):
             raise ValueError(
                 f"mask must be bool with {outputs.shape[0]} examples first, got {mask.dtype} of shape {list(mask.shape)}"
             )
         self._taps.declare(outputs, mask)
-        if self._models():
-            self._seen = [] if self._taps.stale else self._seen
+        if self._models("outputs"):
             known = self._likelihood(likelihood, "a quadratic model")
             with self._taps.paused():
-                self._seen.append(linearise(outputs, self._parameters(), known, mask, scale))
-        self._draw(outputs, likelihood, mask, generator, scale)
+                self._passes.linearise(outputs, self._parameters(), known, mask, scale)
+        drawn = [one for unit in self._extra("drawn") for one in unit.operand.parameters if one.requires_grad]
+        if drawn:
+            known = self._likelihood(likelihood, "labels='sampled'")
+            generator = generator or self._generator(outputs.device)
+            with self._taps.paused():
+                self._passes.draw(outputs, drawn, known, mask, generator, scale)
+            self._taps.observed += 1
         asked: tuple[Literal["sampled", "exact"], ...] = ("sampled", "exact")
         for labels in asked:
             if not self._taps.asks(labels):
@@ -159,59 +184,43 @@ class Listening:
             generator = generator or self._generator(outputs.device)
             self._taps.pull(outputs, seeds(outputs, known, labels, mask, generator, scale), labels)
 
-    def _draws(self) -> list[Unit]:
-        """The units whose statistics are of the gradient of drawn labels, where these are due."""
-        return [
-            unit
-            for unit, recipe in self._recipes().items()
-            if recipe.moment.drawn
-            and recipe.root.exponent
-            and recipe.schedule.takes_statistics(int(self.state.get(unit.lead, {}).get("step", 0)))
-        ]
-
-    def _draw(
-        self,
-        outputs: Tensor,
-        likelihood: Likelihood | None,
-        mask: Tensor | None,
-        generator: torch.Generator | None,
-        scale: float,
-    ) -> None:
-        """Add the gradients of labels drawn for these outputs."""
-        parameters = [one for unit in self._draws() for one in unit.operand.parameters if one.requires_grad]
-        if not parameters:
+    def _observe_loss(self, loss: Tensor, generator: torch.Generator | None) -> None:
+        probed = {p: recipe for unit, recipe in self._extra("probed").items() for p in unit.operand.parameters}
+        models = self._models("loss")
+        if not probed and not models:
             return
-        known = self._likelihood(likelihood, "labels='sampled'")
-        (seed,) = seeds(outputs, known, "sampled", mask, generator or self._generator(outputs.device), scale)
-        with self._taps.paused():
-            found = torch.autograd.grad(
-                outputs, parameters, seed.to(outputs.dtype), retain_graph=True, allow_unused=True
+        if loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(
+                f"loss must be a number with its graph, got shape {list(loss.shape)}, grad_fn {loss.grad_fn}"
             )
-        for parameter, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                held = self._drawn.get(parameter, 0.0)
-                self._drawn[parameter] = held + gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        self._drawn_examples += outputs.shape[0]
+        with self._taps.paused():
+            slopes = self._passes.differentiate(
+                loss, self._parameters(), probed, generator or self._generator(loss.device)
+            )
+        if models:
+            self._passes.slopes.append(slopes)
         self._taps.observed += 1
 
-    def _drawn_means(self, active: Sequence[Unit]) -> dict[Tensor, Tensor]:
-        """The gradients of the mean loss of drawn labels, by parameter.
+    def _extra(self, name: str) -> dict[Unit, Recipe]:
+        """The units whose moments rest on a pass of this name, where these are due."""
+        return {
+            unit: recipe
+            for unit, recipe in self._recipes().items()
+            if recipe.moment.extra == name
+            and recipe.root.exponent
+            and recipe.schedule.takes_statistics(int(self.state.get(unit.lead, {}).get("step", 0)))
+        }
 
-        Raises:
-            TapError: where they are due, and nothing was observed.
-        """
-        wanted = set(active)
-        missing = [unit.name for unit in self._draws() if unit in wanted and not self._drawn_examples]
-        if missing:
-            raise TapError(
-                "statistics of drawn labels are due: call optimizer.observe(outputs, likelihood) between the forward pass "
-                f"and backward; {', '.join(missing[:8])}"
-            )
-        return {parameter: total / self._drawn_examples for parameter, total in self._drawn.items()}
+    def _given(self, active: Sequence[Unit], settings: Sequence[Mapping[str, Any]]) -> dict[str, dict[Tensor, Tensor]]:
+        """What other passes found in the place of gradients, of the mean loss to be minimised."""
+        due = {**self._extra("drawn"), **self._extra("probed")}
+        wanted = {unit: recipe for unit, recipe in due.items() if unit in set(active)}
 
-    def _redraw(self) -> None:
-        """Start anew."""
-        self._drawn, self._drawn_examples = {}, 0
+        def factor(unit: Unit) -> float | Tensor:
+            group = settings[unit.groups[0]]
+            return -group["loss_factor"] if group["maximize"] else group["loss_factor"]
+
+        return self._passes.given(wanted, factor) if wanted else {}
 
     @staticmethod
     def _likelihood(likelihood: Likelihood | None, what: str) -> Likelihood:
@@ -219,6 +228,11 @@ class Listening:
             raise ValueError(f"{what} needs a likelihood, one of {', '.join(map(repr, LIKELIHOODS))}")
         check_choice("likelihood", likelihood, LIKELIHOODS)
         return likelihood
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the step differentiates an observed loss once more, so that ``backward`` must retain its graph."""
+        return bool(self._models("loss"))
 
     def paused(self) -> AbstractContextManager[None]:
         """Hear nothing in this context: for backward passes that are not of the training loss."""
@@ -229,20 +243,28 @@ class Listening:
         number = (self.seed * 1_000_003 + self._steps) * 1_009 + self._taps.observed
         return torch.Generator(device).manual_seed(number)
 
-    def _minimise(self, finished: list[engine.Direction]) -> dict[Quadratic, Minimum]:
-        """Let models of the loss decide step size and momentum, where rules have one."""
-        models = {one.cohort.recipe.rule.model for one in finished} - {None}
-        if models and not self._seen:
-            raise TapError("a quadratic model of the loss needs optimizer.observe(outputs, likelihood) at every step")
-        found = {
-            model: minimise(model, finished, self._seen, self._parameters()) for model in models if model is not None
-        }
-        self._seen = []
+    def _minimise(
+        self, finished: list[engine.Direction], settings: Sequence[Mapping[str, Any]]
+    ) -> dict[Model, Minimum]:
+        """Let models of the loss decide step sizes, where rules have one."""
+        found: dict[Model, Minimum] = {}
+        for model in {one.cohort.recipe.rule.model for one in finished} - {None}:
+            if isinstance(model, Quadratic):
+                if not self._passes.outputs:
+                    raise TapError(
+                        "a quadratic model of the loss needs optimizer.observe(outputs, likelihood) at every step"
+                    )
+                found[model] = minimise(model, finished, self._passes.outputs, self._parameters())
+            elif isinstance(model, Layerwise):
+                if not self._passes.slopes:
+                    raise TapError("step sizes of layers need optimizer.observe(loss=loss) before backward")
+                scale_steps(model, finished, self._passes.slopes, settings)
         return found
 
-    def _adapt(self, found: Mapping[Quadratic, Minimum], before: Any, closure: Callable[[], Any] | None) -> None:
+    def _adapt(self, found: Mapping[Model, Minimum], before: Any, closure: Callable[[], Any] | None) -> None:
         """Compare the loss after the step with what the model promised, and change the damping of the groups."""
-        due = {m: one for m, one in found.items() if m.adapt_every and (self._steps + 1) % m.adapt_every == 0}
+        models = {model: minimum for model, minimum in found.items() if isinstance(model, Quadratic)}
+        due = {m: one for m, one in models.items() if m.adapt_every and (self._steps + 1) % m.adapt_every == 0}
         if not due:
             return
         if closure is None:
@@ -259,9 +281,10 @@ class Listening:
                 if "damping" in group:
                     group["damping"] = adapted(group["damping"], model, float(before), after, float(minimum.decrease))
 
-    def _models(self) -> list[Recipe]:
-        """The recipes that step by a model of the loss."""
-        return [recipe for recipe in self._recipes().values() if recipe.rule.model is not None]
+    def _models(self, needs: str) -> list[Model]:
+        """The models by which rules step that rest on a pass of this name."""
+        models = (recipe.rule.model for recipe in self._recipes().values())
+        return [model for model in models if model is not None and model.needs == needs]
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

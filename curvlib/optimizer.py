@@ -17,8 +17,8 @@ from .health import check_finite
 from .inspection import Inspection
 from .layers import Reading, Slot, survey
 from .listening import Listening, evidence
+from .passes import Passes
 from .precision import full_precision
-from .quadratic import Linearised
 from .recipe import Recipe
 from .routing import Route, Table, as_table
 from .storage import COUNTERS, Storage, check_record, structural
@@ -103,8 +103,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self._masked: dict[str, Tensor] = {}
         self._taps = Taps()
         self._told: frozenset[str] = frozenset()
-        self._seen: list[Linearised] = []
-        self._redraw()
+        self._passes = Passes()
         self.batch_size: int | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
         self.seed = 0
@@ -224,24 +223,24 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._masked["the scaled gradients"] = self._masked.get("the scaled gradients", torch.tensor(0)) + 1
             self._taps.settle()
-            self._redraw()
+            self._passes = Passes()
             return loss
         self._mute()
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
-        heard, drawn = self._heard(active, settings), self._drawn_means(active)
-        gate = self._check_gradients(active, heard, drawn)
+        heard, given = self._heard(active, settings), self._given(active, settings)
+        gate = self._check_gradients(active, heard, given)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
         recipes = self._bind(active)
         with full_precision():
-            finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard, drawn)
-            found = self._minimise(finished)
+            finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard, given)
+            found = self._minimise(finished, settings)
             self._move(finished, settings, gate)
             engine.settle(finished)
         self._adapt(found, loss, closure)
         self._taps.settle()
-        self._redraw()
+        self._passes = Passes()
         self._steps += 1
         for group in self.param_groups:
             group["steps"] = self._steps
@@ -268,13 +267,14 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             scale = float(scale)
         reduction = float(factor) if scale is None else float(factor) * scale
         chosen = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
-        return {**chosen, "reduction_factor": reduction, "signal_factor": self._signal_factor(reduction, scale)}
+        signal = self._signal_factor(reduction, scale)
+        return {**chosen, "reduction_factor": reduction, "signal_factor": signal, "loss_factor": float(factor)}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; what layers say from now on replaces what they said before."""
         super().zero_grad(set_to_none)
         self._taps.zeroed()
-        self._redraw()
+        self._passes = Passes()
 
     def _recipes(self) -> dict[Unit, Recipe]:
         """Every unit's recipe with this step's numbers; on gradients where its layers can't be heard."""
@@ -296,7 +296,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         return recipes
 
     def _check_gradients(
-        self, active: list[Unit], heard: Mapping[Unit, Means], drawn: Mapping[Tensor, Tensor] | None = None
+        self, active: list[Unit], heard: Mapping[Unit, Means], given: engine.Given | None = None
     ) -> Tensor | None:
         """Report non-finite gradients and signals by name, or return the gate that masks this step."""
         named = [
@@ -314,10 +314,11 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             for value, _ in means.values()
         ]
         said += [
-            (f"the drawn gradient of {slot.name}", drawn[parameter])
+            (f"the {name} gradient of {slot.name}", found[parameter])
+            for name, found in (given or {}).items()
             for unit in active
             for slot, parameter in zip(unit.slots, unit.operand.parameters, strict=True)
-            if drawn and parameter in drawn
+            if parameter in found
         ]
         return check_finite(named + said, self.on_nonfinite, self._masked)
 
@@ -428,8 +429,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_taps" not in self.__dict__:  # a copy hears nothing until it is attached; torch also comes here to load
-            self._readings, self._taps, self._seen = {}, Taps(), []
-            self._redraw()
+            self._readings, self._taps, self._passes = {}, Taps(), Passes()
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:

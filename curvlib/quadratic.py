@@ -19,7 +19,7 @@ from torch import Tensor
 from .checks import number
 from .engine import Direction
 from .labels import Likelihood, hessian_product
-from .recipe import Quadratic
+from .models import Quadratic
 
 Vectors = list[Tensor | None]
 

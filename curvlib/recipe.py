@@ -16,6 +16,7 @@ import torch
 from . import roots
 from .checks import Number, check_choice, check_count, check_number, check_period, number, period, resolve
 from .finish import Finish
+from .models import Model
 from .partition import Partition
 
 Labels = Literal["data", "sampled", "exact"]
@@ -29,8 +30,10 @@ class Moment:
         of: ``"gradient"``: of the batch gradient (the mean over examples of per-example loss gradients);
             ``"momentum"``: of what the rule's momentum makes of it; ``"samples"``: the mean over examples of the second
             moments of their own gradients; ``"signals"``: every factor is the second moment of the one signal of its
-            layer that carries its axes, the input or the output gradient (KFAC). The last two listen to the layers of an
-            attached model; parameters whose layers can't be heard have the gradient's moment instead, said once.
+            layer that carries its axes, the input or the output gradient (KFAC); ``"hessian"``: of z ⊙ Hz, with H the
+            Hessian of the batch and z random signs, whose mean is H's diagonal (Hutchinson), for diagonal partitions; it
+            needs ``optimizer.observe(loss=loss)``. ``"samples"`` and ``"signals"`` listen to the layers of an attached
+            model; parameters whose layers can't be heard have the gradient's moment instead, said once.
         average: ``"ema"``: β F + (1-β) S; ``"sum"``: F + S; ``"mean"``: the running mean over all updates.
         beta: β of the EMA.
         debias: divide an EMA by 1 - β^n after n updates.
@@ -47,11 +50,15 @@ class Moment:
         sharing: for ``"signals"``, of a layer's shared positions: ``"expand"``: each counts by itself; ``"reduce"``: inputs
             are averaged and output gradients summed first (Eschenhagen et al. 2023).
         subsample: use every s-th example only (for ``"expand"``, position), scaled up to all.
+        order: 2: squares and products; 1: for ``"hessian"``, the estimate of its diagonal itself, of which the root takes the
+            positive part.
+        pooling: for ``"hessian"``, of convolutions: the mean of the estimate over each kernel (``"mean"``), or of its
+            absolute values (``"absolute"``); ``None`` for neither.
         window: keep the last W batch gradients instead of the matrices of their second moment, and forget what is older
             (see :class:`~curvlib.blocks.WindowBlock`).
     """
 
-    of: Literal["gradient", "momentum", "samples", "signals"] = "gradient"
+    of: Literal["gradient", "momentum", "samples", "signals", "hessian"] = "gradient"
     average: Literal["ema", "sum", "mean"] = "ema"
     beta: Number = 0.9
     debias: bool = False
@@ -63,10 +70,14 @@ class Moment:
     labels: Labels = "data"
     sharing: Literal["expand", "reduce"] = "expand"
     subsample: int = 1
+    order: Literal[1, 2] = 2
+    pooling: Literal["mean", "absolute"] | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("of", self.of, ("gradient", "momentum", "samples", "signals"))
+        check_choice("of", self.of, ("gradient", "momentum", "samples", "signals", "hessian"))
+        check_choice("order", self.order, (1, 2))
+        check_choice("pooling", self.pooling, (None, "mean", "absolute"))
         check_choice("labels", self.labels, ("data", "sampled", "exact"))
         check_choice("sharing", self.sharing, ("expand", "reduce"))
         check_period("subsample", self.subsample)
@@ -84,8 +95,10 @@ class Moment:
                     "window keeps batch gradients, of='gradient' or of='momentum', with initial=0; "
                     f"got of={self.of!r}, initial={self.initial!r}"
                 )
-        if self.drawn and self.centered:
-            raise ValueError("centered=True needs labels='data'")
+        if self.of != "hessian" and (self.order != 2 or self.pooling is not None):
+            raise ValueError(f"order=1 and pooling need of='hessian', got of={self.of!r}")
+        if self.extra and self.centered:
+            raise ValueError("centered=True needs labels='data' and the gradient")
         if self.of == "signals" and self.composition != "independent":
             raise ValueError(f"of='signals' fills independent factors; got composition={self.composition!r}")
         if self.listens and self.centered:
@@ -97,9 +110,11 @@ class Moment:
         return self.of in ("samples", "signals")
 
     @property
-    def drawn(self) -> bool:
-        """Whether it is of the batch gradient of labels drawn from the model."""
-        return self.of == "gradient" and self.labels == "sampled"
+    def extra(self) -> Literal["", "drawn", "probed"]:
+        """The pass that takes the training gradient's place, see :mod:`curvlib.passes`; empty for none."""
+        if self.of == "hessian":
+            return "probed"
+        return "drawn" if self.of == "gradient" and self.labels == "sampled" else ""
 
     def weights(self, updates: int) -> tuple[float, float]:
         """(keep, gain) of update number ``updates`` (from 0): F <- keep F + gain S."""
@@ -295,31 +310,6 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Quadratic:
-    """Step size and momentum that minimise a quadratic model of the loss, see :mod:`curvlib.quadratic`.
-
-    Needs ``optimizer.observe(outputs, likelihood)`` at every step, and for ``adapt_every`` also ``step(closure)``.
-
-    Args:
-        damping: λ of the model.
-        momentum: combine with the last update.
-        adapt_every: T, in steps, of the Levenberg-Marquardt rule that changes the group's ``damping``; ``None`` for never.
-        rate: ω^(1/T).
-    """
-
-    damping: Number = 1e-2
-    momentum: bool = True
-    adapt_every: int | None = None
-    rate: float = 19 / 20
-
-    def __post_init__(self) -> None:
-        check_number("damping", self.damping)
-        check_number("rate", self.rate, high=1.0, strict=True)
-        if self.adapt_every is not None:
-            check_period("adapt_every", self.adapt_every)
-
-
-@dataclass(frozen=True)
 class Rule:
     """What becomes of the preconditioned direction.
 
@@ -328,7 +318,7 @@ class Rule:
         grafting: or none.
         finish: maps of the direction after grafting, one after the other, see :class:`~curvlib.finish.Finish`.
         clip: or none.
-        model: of the loss, which decides step size and momentum instead; or none.
+        model: of the loss, which decides step sizes, see :mod:`curvlib.models`; or none.
         decay: what a group's ``weight_decay`` means: ``"decoupled"``: w <- (1 - lr·decay) w; ``"l2"``: added to the gradient.
         lr_decay: the step is lr / (1 + t · lr_decay), as in torch.optim.Adagrad.
     """
@@ -337,7 +327,7 @@ class Rule:
     grafting: Grafting | None = None
     finish: tuple[Finish, ...] = ()
     clip: Clip | None = None
-    model: Quadratic | None = None
+    model: Model | None = None
     decay: Literal["decoupled", "l2"] = "decoupled"
     lr_decay: Number = 0.0
 
@@ -346,8 +336,10 @@ class Rule:
         check_number("lr_decay", self.lr_decay)
         if not isinstance(self.finish, tuple) or not all(isinstance(one, Finish) for one in self.finish):
             raise TypeError(f"finish must be a tuple of curvlib.Finish, got {self.finish!r}")
-        if self.model is not None and (self.momentum is not None or self.clip is not None):
-            raise ValueError("a model decides step size and momentum; set momentum=None and clip=None")
+        if self.model is not None and self.clip is not None:
+            raise ValueError("a model of the loss decides step sizes; set clip=None")
+        if self.model is not None and self.model.combines and self.momentum is not None:
+            raise ValueError(f"{type(self.model).__name__} decides step size and momentum; set momentum=None")
 
 
 @dataclass(frozen=True)
@@ -394,6 +386,8 @@ class Recipe:
                 raise ValueError(
                     f"{option}=True needs a diagonal partition such as '... |', got {str(self.partition)!r}"
                 )
+        if self.moment.of == "hessian" and not (self.cut.diagonal and self.block is None):
+            raise ValueError(f"of='hessian' needs a diagonal partition such as '... |', got {str(self.partition)!r}")
         if self.moment.of == "momentum" and (self.rule.momentum is None or self.rule.momentum.after):
             raise ValueError("of='momentum' needs a rule with momentum before preconditioning")
 

@@ -43,11 +43,17 @@ def state_specs(unit: Unit, recipe: Recipe) -> tuple[Block | None, dict[str, Spe
     """The block of a unit, the state of its curvature, and the state (name -> role) in its parameters' shapes."""
     block = block_for(unit.layout, recipe, bool(unit.operand.joined))
     like: dict[str, str] = {}
-    if recipe.rule.momentum is not None or recipe.rule.model is not None:
+    model = recipe.rule.model
+    if recipe.rule.momentum is not None or (model is not None and model.combines):
         like["momentum"] = "momentum"
     if recipe.rule.grafting is not None and recipe.rule.grafting.kind != "sgd":
         like["grafting"] = "grafting"
     return block, block.spec() if block else {}, like
+
+
+def scalars(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the numbers kept for every unit."""
+    return () if recipe.rule.model is None else recipe.rule.model.scalars
 
 
 class Bucket:
@@ -61,6 +67,7 @@ class Bucket:
         self.units = units
         self.structure = structure
         self.block, self.specs, self.like = state_specs(units[0], recipe)
+        self.scalars = scalars(recipe)
         self.packed = self.block is not None and not self.block.elementwise
         n, dtype, device = len(units), structure.dtype, structure.device
         # COUNTERS of every unit, on the host: no schedule ever waits for a device.
@@ -73,6 +80,8 @@ class Bucket:
             self.state[name] = (
                 [torch.zeros(shape, dtype=dtype, device=device)] if self.packed else self._own_tensors(dtype, 0.0)
             )
+        for name in self.scalars:
+            self.state[name] = torch.zeros(n, dtype=dtype, device=device)
         self.workspace = torch.empty((n, *units[0].layout.shape), dtype=dtype, device=device) if self.packed else None
 
     def _own_tensors(self, dtype: torch.dtype, fill: float) -> list[Tensor]:
@@ -83,7 +92,7 @@ class Bucket:
         """The record of every parameter: views of this bucket's state."""
         for row, unit in enumerate(self.units):
             lead: Record = {name: self.counters[row, column] for column, name in enumerate(COUNTERS)}
-            for name in self.specs:
+            for name in (*self.specs, *self.scalars):
                 lead[name] = self.state[name][row]
             yield from zip(unit.operand.parameters, self._shared(row, unit, lead), strict=True)
 
@@ -101,7 +110,11 @@ class Bucket:
     def nbytes(self) -> dict[str, int]:
         """Bytes by role; views that trainers see are not counted twice."""
         total: dict[str, int] = defaultdict(int)
-        roles = {**{name: spec.role for name, spec in self.specs.items()}, **self.like}
+        roles = (
+            {name: spec.role for name, spec in self.specs.items()}
+            | self.like
+            | dict.fromkeys(self.scalars, "step sizes")
+        )
         for name, value in self.state.items():
             tensors = value if isinstance(value, list) else [value]
             total[roles[name]] += sum(one.numel() * one.element_size() for one in tensors)
@@ -137,6 +150,7 @@ def check_record(unit: Unit, recipe: Recipe, records: Iterable[Mapping[str, Any]
         sizes = dict.fromkeys(like, parameter.numel())
         if parameter is unit.lead:
             sizes.update({name: math.prod(spec.shape) for name, spec in specs.items()})
+            sizes.update(dict.fromkeys(scalars(recipe), 1))
         found = {name: torch.as_tensor(record[name]).numel() for name in record if name not in COUNTERS}
         if found != sizes:
             raise ValueError(

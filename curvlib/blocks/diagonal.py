@@ -33,11 +33,11 @@ class DiagonalBlock(Block):
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)
         self._centered, self._maximum = recipe.moment.centered, recipe.moment.maximum
-        self._initial = number(recipe.moment.initial)
+        self._initial, self._order = number(recipe.moment.initial), recipe.moment.order
 
     def spec(self) -> dict[str, Spec]:
         """Entrywise second moment, mean and maximum, each in the operand's shape."""
-        specs = {"moment": Spec(self.layout.shape, fill=self._initial)}
+        specs = {"moment": Spec(self.layout.shape, fill=self._initial, order=self._order)}
         if self._centered:
             specs["mean"] = Spec(self.layout.shape)
         if self._maximum:
@@ -45,9 +45,11 @@ class DiagonalBlock(Block):
         return specs
 
     def update(self, state: State, operand: list[Tensor], keep: Weight, gain: Weight) -> None:
-        """Entrywise v <- keep v + gain g²."""
+        """Entrywise v <- keep v + gain g², or gain g of a first moment."""
         torch._foreach_mul_(state["moment"], keep)
-        if isinstance(gain, Tensor):
+        if self._order == 1:
+            torch._foreach_add_(state["moment"], torch._foreach_mul(operand, gain))
+        elif isinstance(gain, Tensor):
             torch._foreach_add_(state["moment"], torch._foreach_mul(torch._foreach_mul(operand, operand), gain))
         else:
             torch._foreach_addcmul_(state["moment"], operand, operand, value=gain)
@@ -105,6 +107,7 @@ class DiagonalBlock(Block):
         value = list(torch._foreach_mul(state["peak" if self._maximum else "moment"], scale))
         if self._centered:
             torch._foreach_addcmul_(value, state["mean"], state["mean"], value=-(scale**2))
+        if self._centered or self._order == 1:
             torch._foreach_clamp_min_(value, 0.0)
         return value
 

@@ -2,11 +2,13 @@
 
 from .adafactor import Adafactor
 from .adagrad import Adagrad
+from .adahessian import AdaHessian
 from .adam import Adam, AdamW, MomentumAdam
 from .catalogue import Catalogue, Method, table
 from .ekfac import EKFAC
 from .eva import Eva
 from .kfac import KFAC
+from .layerwise import LayerwiseAdamW, LayerwiseSGD, layerwise
 from .lion import Lion
 from .mbf import MBF
 from .muon import Muon
@@ -16,7 +18,7 @@ from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
 from .soap import SOAP, KLShampoo
-from .sophia import SophiaG
+from .sophia import SophiaG, SophiaH
 from .tkfac import TKFAC
 from .tnt import TNT
 
@@ -30,6 +32,7 @@ __all__ = [
     "SOAP",
     "TKFAC",
     "TNT",
+    "AdaHessian",
     "Adafactor",
     "Adagrad",
     "Adam",
@@ -38,6 +41,8 @@ __all__ = [
     "Eva",
     "FullAdagrad",
     "KLShampoo",
+    "LayerwiseAdamW",
+    "LayerwiseSGD",
     "Lion",
     "Method",
     "MomentumAdam",
@@ -46,5 +51,7 @@ __all__ = [
     "RMSprop",
     "Shampoo",
     "SophiaG",
+    "SophiaH",
+    "layerwise",
     "table",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ears import TapWarning
@@ -88,10 +88,16 @@ def _method(kind: type[CurvatureOptimizer]) -> Method:
         warnings.simplefilter("ignore", TapWarning)
         build: Callable[[nn.Module], CurvatureOptimizer] = kind
         optimizer = build(layer)
-        outputs = layer(torch.ones(2, _WIDTH))
-        optimizer.observe(outputs, "gaussian")
-        F.mse_loss(outputs, torch.zeros_like(outputs)).backward()
-        optimizer.step()
+        inputs, targets = torch.ones(2, _WIDTH), torch.zeros(2, _WIDTH)
+
+        def closure() -> Tensor:
+            outputs = layer(inputs)
+            loss = F.mse_loss(outputs, targets)
+            optimizer.observe(outputs, "gaussian", loss=loss)
+            loss.backward(retain_graph=optimizer.needs_graph)
+            return loss.detach()
+
+        optimizer.step(closure)
     ((_, recipe),) = optimizer._recipes().items()
     size = sum(size for role, size in optimizer.memory().items() if role != "workspace")
     optimizer.detach()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KRONECKER, EigenBlock
 from ..checks import check_choice
+from ..models import Quadratic
 from ..optimizer import CurvatureOptimizer
-from ..recipe import Clip, Damping, Labels, Moment, Momentum, Quadratic, Recipe, Root, Rule, Schedule
+from ..recipe import Clip, Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_weight
 
 Split = Literal["pi", "sqrt"] | None

@@ -201,8 +201,9 @@ def _weight(moment: Moment, count: int) -> float:
 
 def _separates(one: Training) -> None:
     model, optimizer = one.start()
-    if any(recipe.rule.clip or recipe.rule.model for recipe in optimizer._recipes().values()):
-        return
+    recipes = optimizer._recipes().values()
+    if any(one.rule.clip or one.rule.model or one.moment.extra == "probed" for one in recipes):
+        return  # layers know of each other, by design
     units = [[slot.name for slot in unit.slots] for unit in optimizer._recipes()]
     before = values(model)
     after = one.run(model, optimizer, range(1))

@@ -124,9 +124,9 @@ class Training:
         def closure() -> Tensor:
             optimizer.zero_grad()
             outputs = model(inputs)
-            optimizer.observe(outputs, "categorical")
             loss = F.cross_entropy(outputs.double(), targets) * factor
-            loss.backward()
+            optimizer.observe(outputs, "categorical", loss=loss)
+            loss.backward(retain_graph=optimizer.needs_graph)
             return loss.detach()
 
         with warnings.catch_warnings():

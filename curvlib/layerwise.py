@@ -1,0 +1,73 @@
+"""Step sizes of layers from their blocks of the Hessian (Bahamou & Goldfarb 2023).
+
+With d_l the direction of a layer (of a parameter, or a weight and its joined bias) that any method has found, g_l the batch
+gradient and H_ll the layer's block of the batch's Hessian::
+
+    α_l = min(largest, EMA(g_lᵀd_l) / (max(0, EMA(d_lᵀ H_ll d_l)) + λ EMA(d_lᵀd_l)))
+    w_l <- w_l - lr α_l d_l
+
+α_l minimises the quadratic model of the loss along -d_l. A product with a block is one backward pass through the gradient's
+graph, cut down to that layer. The paper's text could not be had: averages, λ and the bound are what its abstract leaves open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import number, period
+from .cohort import Group
+from .engine import Direction
+from .models import Layerwise
+from .passes import Slopes
+
+
+def scale_steps(
+    model: Layerwise, finished: Iterable[Direction], seen: Sequence[Slopes], groups: Sequence[Group]
+) -> None:
+    """Multiply every direction whose rule has this model by the step size of its layer.
+
+    Args:
+        model: damping, averages, bound, period.
+        finished: this step's directions; changed in place.
+        seen: gradients of this step's batches, with their graphs.
+        groups: settings: ``loss_factor``, by which what is of the observed losses is divided, ``maximize``.
+    """
+    turn = 0
+    for one in finished:
+        cohort = one.cohort
+        if cohort.recipe.rule.model != model:
+            continue
+        pairs: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in cohort.units]
+        rows = {parameter: row for row, unit in enumerate(cohort.units) for parameter in unit.operand.parameters}
+        for piece in one.pieces:
+            pairs[rows[piece.source]].append((piece.source, piece.direction, piece.gradient))
+        kept = [cohort.state[name] for name in model.scalars]
+        for row, pieces in enumerate(pairs):
+            due = cohort.step == 0 or (cohort.step + turn) % period(model.every) == 0
+            turn += 1
+            if due and pieces:
+                group = groups[cohort.units[row].groups[0]]
+                factor = -group["loss_factor"] if group["maximize"] else group["loss_factor"]
+                beta = number(model.beta) if cohort.step else 0.0
+                for value, new in zip(kept, _measured(pieces, seen, factor), strict=True):
+                    value[row] = beta * value[row] + (1 - beta) * new
+        slope, bend, square = kept
+        bound = bend.clamp_min(0) + number(model.damping) * square
+        tiny = torch.finfo(bound.dtype).tiny
+        alpha = (slope.clamp_min(0) / bound.clamp_min(tiny)).clamp_max(number(model.largest))
+        one.stretch(alpha)
+
+
+def _measured(
+    pieces: Sequence[tuple[Tensor, Tensor, Tensor]], seen: Sequence[Slopes], factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gᵀd, dᵀHd, dᵀd) of one layer."""
+    parameters = [parameter for parameter, _, _ in pieces]
+    vectors = [direction.reshape(p.shape).to(p.dtype) for p, direction, _ in pieces]
+    zero = pieces[0][1].new_zeros(())
+    bend = sum((slopes.bend(parameters, vectors).to(zero) for slopes in seen), zero) / factor
+    slope = sum(((d * g).sum() for _, d, g in pieces), zero)
+    return slope, bend, sum((d.square().sum() for _, d, _ in pieces), zero)
