@@ -9,6 +9,7 @@ from .optimizer import CurvatureOptimizer
 from .optimizers import (
     EKFAC,
     FOOF,
+    KBFGS,
     KFAC,
     MBF,
     NGD,
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "FOOF",
+    "KBFGS",
     "KFAC",
     "MBF",
     "NGD",

@@ -75,6 +75,7 @@ class Cohort:
     state: dict[str, Any] = field(init=False)
     gradient: Tensors = field(init=False)
     reference: Tensors = field(init=False)
+    before: Tensor | None = field(init=False, default=None)
     averaged: tuple[Tensors, Weight, Weight] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -139,6 +140,30 @@ class Cohort:
         block, (source, keep, gain) = self.bucket.block, self.averaged
         assert block is not None
         block.correct(self.state, source[0] if self.bucket.packed else source, self.recipe, keep, gain, self.scale)
+
+    def remember(self) -> None:
+        """Keep the parameters of before the step, for a block that follows it."""
+        if self.bucket.block is not None and self.bucket.block.again and self.averaged is not None:
+            self.before = self._parameters()
+
+    def follow(self, heard: Mapping[Unit, Means], gate: Tensor | None) -> None:
+        """Let the block learn from the step that was taken."""
+        if self.before is None:
+            return
+        block, (keep, gain) = self.bucket.block, self.recipe.moment.weights(self.updates - 1)
+        assert block is not None
+        means, after = [heard[unit] for unit in self.units], self._parameters()
+        weights = gated(keep, 1.0, gate), gated(gain, 0.0, gate)
+        block.follow(self.state, self.before, after, means, self.recipe, *weights)
+
+    def _parameters(self) -> Tensor:
+        """The parameters as a packed batch, ``[n, *layout.shape]``."""
+        assert self.bucket.workspace is not None
+        batch = self.bucket.workspace.new_empty(len(self.rows), *self.bucket.workspace.shape[1:])
+        for unit, one in zip(self.units, batch, strict=True):
+            for parameter, window in zip(unit.operand.parameters, unit.operand.windows(one), strict=True):
+                window.copy_(parameter.detach().view(window.shape))
+        return batch
 
     def gradients(self, groups: Sequence[Group], gate: Tensor | None) -> Tensors:
         """The gradients of the mean loss: one packed batch, or a tensor for every parameter."""

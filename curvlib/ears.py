@@ -41,6 +41,7 @@ class Ear:
         ever: whether anything was ever heard.
         step: steps that its parameters have taken; it decides which examples thinning leaves.
         held: the state of its curvature after the last step, by name.
+        again: whether this is the second pass of a step, which is of first moments alone.
     """
 
     unit: Unit
@@ -55,6 +56,7 @@ class Ear:
     ever: bool = False
     step: int = 0
     held: State = field(default_factory=dict)
+    again: bool = False
 
     def trains(self) -> bool:
         """Whether any of its parameters wants a gradient."""
@@ -64,6 +66,8 @@ class Ear:
         """Sums of nothing, where those of the last step were."""
         lead, sums = self.unit.lead, self.spare
         dtype = self.recipe.moment.dtype_for(lead.dtype)
+        if self.again:
+            return self.block.sums(dtype, lead.device, first=True)
         self.spare = None
         if sums is None or any((one.dtype, one.device) != (dtype, lead.device) for one in sums.tensors.values()):
             sums = self.block.sums(dtype, lead.device)
@@ -75,7 +79,7 @@ class Ear:
     def drop(self) -> None:
         """Forget what was heard, but keep its memory."""
         if self.sums is not None:
-            self.spare, self.sums = self.sums, None
+            self.spare, self.sums = (self.spare if self.again else self.sums), None
         self.waiting = {}
 
     def take(self, repeated: bool) -> None:

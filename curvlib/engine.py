@@ -98,9 +98,16 @@ def settle(finished: Iterable[Direction]) -> None:
         cohort.bucket.counters[cohort.rows] = torch.tensor([cohort.step + 1, cohort.updates, int(cohort.warm)])
 
 
+def follow(finished: Iterable[Direction], heard: Mapping[Unit, Means], gate: Tensor | None) -> None:
+    """Let blocks learn from the step that was taken."""
+    for one in finished:
+        one.cohort.follow(heard, gate)
+
+
 def advance(finished: Iterable[Direction], groups: Sequence[Group], gate: Tensor | None) -> None:
     """Step along the directions."""
     for one in finished:
+        one.cohort.remember()
         _update(one.cohort, one.pieces, groups, gate, one.shrink)
 
 

@@ -34,6 +34,7 @@ class Listening:
     state: Any
     loss_scale: float | Callable[[], float]
     seed: int
+    _steps_itself: bool = True
     _steps: int
     _slots: dict[Tensor, Slot]
     _readings: dict[Tensor, list[Reading]]
@@ -164,6 +165,8 @@ class Listening:
                 f"mask must be bool with {outputs.shape[0]} examples first, got {mask.dtype} of shape {list(mask.shape)}"
             )
         self._taps.declare(outputs, mask)
+        if self._taps.repeating:
+            return
         if self._models("outputs"):
             known = self._likelihood(likelihood, "a quadratic model")
             with self._taps.paused():
@@ -187,7 +190,7 @@ class Listening:
     def _observe_loss(self, loss: Tensor, generator: torch.Generator | None) -> None:
         probed = {p: recipe for unit, recipe in self._extra("probed").items() for p in unit.operand.parameters}
         models = self._models("loss")
-        if not probed and not models:
+        if self._taps.repeating or not (probed or models):
             return
         if loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
@@ -280,6 +283,45 @@ class Listening:
             for group in self.param_groups:
                 if "damping" in group:
                     group["damping"] = adapted(group["damping"], model, float(before), after, float(minimum.decrease))
+
+    def _follows(self, active: Sequence[Unit], closure: Callable[[], Any] | None) -> list[Unit]:
+        """The units that look at the same batch once more after this step.
+
+        Raises:
+            TapError: where there is no closure to do so.
+        """
+        recipes = self._recipes()
+        ears = [self._taps.ears[unit.lead] for unit in active if unit.lead in self._taps.ears]
+        mine = [ear.unit for ear in ears if ear.due and ear.block.again and recipes[ear.unit].root.exponent]
+        if mine and (closure is None or not self._steps_itself):
+            how = (
+                "call optimizer.step(closure)"
+                if self._steps_itself
+                else "a Preconditioner does not take the step itself"
+            )
+            names = ", ".join(unit.name for unit in mine[:8])
+            raise TapError(f"the blocks of {names} look at the same batch once more after the step; {how}")
+        return mine
+
+    def _follow(
+        self,
+        units: Sequence[Unit],
+        finished: Sequence[engine.Direction],
+        settings: Sequence[Mapping[str, Any]],
+        closure: Callable[[], Any],
+        gate: Tensor | None,
+    ) -> None:
+        """Look at the same batch at the new parameters, and let blocks learn from the step."""
+        gradients = [parameter.grad for parameter in self._parameters()]
+        for parameter in self._parameters():
+            parameter.grad = None
+        with self._taps.again():
+            with torch.enable_grad():
+                closure()
+            heard = self._heard(units, settings)
+        for parameter, gradient in zip(self._parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        engine.follow(finished, heard, gate)
 
     def _models(self, needs: str) -> list[Model]:
         """The models by which rules step that rest on a pass of this name."""

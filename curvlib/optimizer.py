@@ -232,12 +232,15 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         gate = self._check_gradients(active, heard, given)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
+        follows = self._follows(active, closure)
         recipes = self._bind(active)
         with full_precision():
             finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard, given)
             found = self._minimise(finished, settings)
             self._move(finished, settings, gate)
-            engine.settle(finished)
+        if follows and closure is not None:
+            self._follow(follows, finished, settings, closure, gate)
+        engine.settle(finished)
         self._adapt(found, loss, closure)
         self._taps.settle()
         self._passes = Passes()

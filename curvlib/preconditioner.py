@@ -34,6 +34,8 @@ class Preconditioner(CurvatureOptimizer):
         settings: see :class:`CurvatureOptimizer`.
     """
 
+    _steps_itself = False
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],

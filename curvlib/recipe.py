@@ -55,7 +55,7 @@ class Moment:
         pooling: for ``"hessian"``, of convolutions: the mean of the estimate over each kernel (``"mean"``), or of its
             absolute values (``"absolute"``); ``None`` for neither.
         window: keep the last W batch gradients instead of the matrices of their second moment, and forget what is older
-            (see :class:`~curvlib.blocks.WindowBlock`).
+            (see :class:`~curvlib.blocks.WindowBlock`); or the last W pairs of a quasi-Newton block.
     """
 
     of: Literal["gradient", "momentum", "samples", "signals", "hessian"] = "gradient"
@@ -90,9 +90,9 @@ class Moment:
             raise ValueError(f"labels={self.labels!r} needs of='samples' or of='signals', got of={self.of!r}")
         if self.window is not None:
             check_count("window", self.window)
-            if self.listens or self.initial != 0:
+            if self.of in ("samples", "hessian") or self.initial != 0:
                 raise ValueError(
-                    "window keeps batch gradients, of='gradient' or of='momentum', with initial=0; "
+                    "window keeps batch gradients, of='gradient' or of='momentum', or pairs of signals, with initial=0; "
                     f"got of={self.of!r}, initial={self.initial!r}"
                 )
         if self.of != "hessian" and (self.order != 2 or self.pooling is not None):

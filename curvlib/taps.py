@@ -51,6 +51,7 @@ class Taps:
         self._seed: int | None = None  # the number of the seed that is pulled back now
         self._labels = "data"  # whose gradients are coming
         self._paused = False
+        self.repeating = False  # whether this is the second pass of a step
         self._stale = False
         self.observed = 0  # how often since the last step
         self.shared: dict[Tensor, str] = {}  # leads whose layers see no single examples, and why
@@ -111,6 +112,24 @@ class Taps:
         finally:
             self._paused = before
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Hear the same batch once more, for those who asked for it."""
+        self.settle()
+        self.repeating = True
+        for ear in self.ears.values():
+            ear.again = True
+        try:
+            yield
+        finally:
+            self.settle()
+            self.repeating = False
+            for ear in self.ears.values():
+                ear.again = False
+
+    def _hears(self, ear: Ear) -> bool:
+        return ear.due and (ear.block.again or not self.repeating)
+
     def expect(self, due: Mapping[Tensor, tuple[int, bool, State]]) -> None:
         """Say how many steps each lead parameter has taken, whether its statistics are due at the next, and what it holds."""
         for lead, ear in self.ears.items():
@@ -120,7 +139,7 @@ class Taps:
 
     def called(self, module: nn.Module, value: Tensor, output: Tensor) -> None:
         """A layer was called: hear the gradient of its output."""
-        ears = [ear for ear, _ in self._layers.get(module, ()) if ear.due and ear.trains()]
+        ears = [ear for ear, _ in self._layers.get(module, ()) if self._hears(ear) and ear.trains()]
         if self._paused or not (ears or self.count_always):
             return
         born = graph_task()
@@ -146,7 +165,7 @@ class Taps:
         number = graph_task() if born == FORWARD else born
         self._begin(number)
         for ear, reading in self._layers.get(module, ()):
-            if not ear.due or ear.recipe.moment.labels != self._labels:
+            if not self._hears(ear) or ear.recipe.moment.labels != self._labels:
                 continue
             with full_precision():
                 signal = self._signal(ear, reading, saved.saved_tensors[0], delta, number, told)

@@ -9,6 +9,7 @@ from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .eigenbasis import EigenbasisBlock, LikelihoodBlock, RunningEigenbasisBlock
 from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
+from .quasi_newton import AdditiveQuasiNewtonBlock, QuasiNewtonBlock
 from .rank_one import RankOneBlock
 from .standard import StandardBlock
 from .window import WindowBlock
@@ -22,12 +23,14 @@ __all__ = [
     "MODES",
     "PER_INPUT",
     "PER_OUTPUT",
+    "AdditiveQuasiNewtonBlock",
     "Block",
     "DiagonalBlock",
     "EigenBlock",
     "EigenbasisBlock",
     "LikelihoodBlock",
     "Means",
+    "QuasiNewtonBlock",
     "RankOneBlock",
     "RunningEigenbasisBlock",
     "Spec",

@@ -116,11 +116,13 @@ class Block:
 
     Attributes:
         elementwise: operands, directions and state are lists of tensors, one an operand, instead of packed batches.
+        again: look at the same batch once more at the new parameters, see :meth:`follow`; it needs ``step(closure)``.
         damps: what an absolute damping λ is added to: the ``"whole"`` curvature, so that ``apply`` is (curvature + λI)^-p;
             or its ``"factors"``, one by one. It is what :mod:`curvlib.testing` holds a structure to.
     """
 
     elementwise: ClassVar[bool] = False
+    again: ClassVar[bool] = False
     damps: ClassVar[Literal["whole", "factors"]] = "whole"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
@@ -130,9 +132,10 @@ class Block:
         """The state of one operand, by name."""
         raise _missing(self, "spec")
 
-    def sums(self, dtype: torch.dtype, device: torch.device) -> Sums:
-        """Empty sums of one operand's statistics."""
+    def sums(self, dtype: torch.dtype, device: torch.device, first: bool = False) -> Sums:
+        """Empty sums of one operand's statistics, or of its first moments alone."""
         specs = {name: spec for name, spec in self.spec().items() if spec.role == "statistics"}
+        specs = {name: spec for name, spec in specs.items() if spec.order == 1 or not first}
         tensors = {name: torch.zeros(spec.shape, dtype=dtype, device=device) for name, spec in specs.items()}
         of_input = frozenset(name for name, spec in specs.items() if spec.of_input)
         return Sums(tensors, of_input, frozenset(name for name, spec in specs.items() if spec.order == 1))
@@ -210,6 +213,29 @@ class Block:
             gain: weight of the new one.
             scale: what the stored average is multiplied by.
         """
+
+    def follow(
+        self,
+        state: State,
+        before: Any,
+        after: Any,
+        means: Sequence[Means],
+        recipe: Recipe,
+        keep: Weight,
+        gain: Weight,
+    ) -> None:
+        """Learn from a step that was taken, where ``again`` asks for it and statistics were due.
+
+        Args:
+            state: name -> ``[n, *shape]``.
+            before: the parameters before the step, ``[n, *layout.shape]``.
+            after: the parameters after it.
+            means: for each operand its first moments, of the same batch at the new parameters.
+            recipe: the numbers of this step.
+            keep: weight of the old value, a number or a 0-d tensor.
+            gain: weight of the new one.
+        """
+        raise _missing(self, "follow")
 
     def apply(self, state: State, operand: Any, recipe: Recipe, exponent: float, scale: float) -> Any:
         """curvature^(-exponent) times the operand, ``[n, *layout.shape]``.

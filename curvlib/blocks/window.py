@@ -42,6 +42,8 @@ class WindowBlock(Block):
         moment, damping = recipe.moment, recipe.damping
         assert moment.window is not None
         self._length, self._inverse = moment.window, recipe.root.exponent == 1
+        if moment.of not in ("gradient", "momentum"):
+            raise ValueError(f"window keeps gradients, of='gradient' or of='momentum', got of={moment.of!r}")
         if any(len(r.factors) != 1 or r.factors[0].diagonal or r.ties > 1 for r in layout.regions):
             raise ValueError(
                 "window keeps gradients of mini-blocks: one dense factor, not tied, such as 'o | i'; "

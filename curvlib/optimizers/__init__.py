@@ -7,6 +7,7 @@ from .adam import Adam, AdamW, MomentumAdam
 from .catalogue import Catalogue, Method, table
 from .ekfac import EKFAC
 from .eva import Eva
+from .kbfgs import KBFGS
 from .kfac import KFAC
 from .layerwise import LayerwiseAdamW, LayerwiseSGD, layerwise
 from .lion import Lion
@@ -25,6 +26,7 @@ from .tnt import TNT
 __all__ = [
     "EKFAC",
     "FOOF",
+    "KBFGS",
     "KFAC",
     "MBF",
     "NGD",

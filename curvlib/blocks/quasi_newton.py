@@ -1,0 +1,287 @@
+"""The quasi-Newton block: inverses of Kronecker factors that follow secant pairs (K-BFGS)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import number
+from ..contraction import add_first, add_independent, independent_places
+from ..layout import Layout
+from ..moments import Weight
+from ..recipe import Recipe
+from ..roots import How, RootJob, chosen
+from ..signals import Signal
+from .base import Means, Spec, State, Sums
+from .standard import Place, StandardBlock, put_in_place
+
+_POWELL = 0.2  # μ1 of the authors: the least sᵀy over yᵀHy
+
+
+class QuasiNewtonBlock(StandardBlock):
+    """The inverse curvature H_g ⊗ H_a of a layer, with a its input (a one appended) and g its output's gradient.
+
+    In formulas (Goldfarb, Ren & Bahamou 2020), with means over the batch and at + the same batch at the new parameters::
+
+        A   <- β A + (1 - β) E[a aᵀ]
+        H_a <- BFGS(H_a; s, y)          s = H_a ā, y = (A + √λ I) s;  at a refresh H_a = (A + √λ I)^-1
+        s   <- β s + (1 - β) (h̄⁺ - h̄)   h = W a, the pre-activation
+        y   <- β y + (1 - β) (ḡ⁺ - ḡ)
+        H_g <- BFGS(H_g; s, y)          doubly damped
+
+    The first damping is Powell's: where sᵀy < μ yᵀH_g y, s moves towards H_g y. The second keeps sᵀy above √λ sᵀs: where it
+    is not, y moves towards s. A pair without sᵀy > 0, or one that is not finite, is left out. With a ``window`` H_g is that
+    of its last W pairs from the identity (L-BFGS, in compact form). Of convolutions ḡ is summed over positions, ā and h̄ are
+    means.
+
+    State: ``factor_…`` and ``inverse_…`` of the input, ``inverse_…`` of the output, or ``steps_…``, ``changes_…`` and
+    ``place``, the averages ``step_…``, ``change_…``, and the last batch's ``mean_…`` of both.
+    """
+
+    again: ClassVar[bool] = True
+    additive: ClassVar[bool] = False
+    """Whether the second damping is y <- y + √λ s, whatever the pair (KF-QN-CNN)."""
+
+    def __init__(self, layout: Layout, recipe: Recipe) -> None:
+        moment, damping = recipe.moment, recipe.damping
+        if moment.of != "signals":
+            raise ValueError(f"{type(self).__name__} needs Moment(of='signals'), got of={moment.of!r}")
+        if damping.relative_to or damping.outside or recipe.root.exponent != 1:
+            raise ValueError(
+                f"{type(self).__name__} keeps inverses with an absolute damping; "
+                f"got exponent={float(recipe.root.exponent):g}, {damping}"
+            )
+        super().__init__(layout, recipe)
+        places = independent_places(layout)
+        regular = len(places) == 1 and layout.regions[0].ties == 1 and len(places[0]) == 2
+        if not regular or not all(all(place.carried) for place in places[0]):
+            raise ValueError(
+                f"{type(self).__name__} needs one factor of outputs and one of inputs, uncut, such as '| o, i k...'; "
+                f"got partition {str(recipe.partition)!r}"
+            )
+        self._output, self._input = sorted(places[0], key=lambda place: place.source or 0)
+        self._memory = moment.window
+
+    def spec(self) -> dict[str, Spec]:
+        """See the class; ``[rows, f, f]`` for inverses, ``[rows, f]`` for vectors, ``[rows, W, f]`` for pairs."""
+        (region,) = self.layout.regions
+        rows = region.blocks
+        outputs, inputs = (region.factors[place.number].size for place in (self._output, self._input))
+        out, given = self._output.name, self._input.name
+        specs = {
+            f"factor_{given}": Spec((rows, inputs, inputs), of_input=True),
+            f"inverse_{given}": Spec((rows, inputs, inputs), "inverses", fill=1.0, identity=True),
+            f"residual_{given}": Spec((rows,), "diagnostics"),
+            f"kept_{given}": Spec((rows,), "diagnostics", dtype=torch.int64),
+            f"mean_{given}": Spec((rows, inputs), of_input=True, order=1),
+            f"mean_{out}": Spec((rows, outputs), order=1),
+            f"step_{out}": Spec((rows, outputs), "pairs"),
+            f"change_{out}": Spec((rows, outputs), "pairs"),
+        }
+        if self._memory is None:
+            specs[f"inverse_{out}"] = Spec((rows, outputs, outputs), "inverses", fill=1.0, identity=True)
+        else:
+            specs[f"steps_{out}"] = Spec((rows, self._memory, outputs), "pairs")
+            specs[f"changes_{out}"] = Spec((rows, self._memory, outputs), "pairs")
+            specs["place"] = Spec((rows,), "pairs", dtype=torch.int64)
+        return specs
+
+    def update(self, state: State, operand: Tensor, keep: Weight, gain: Weight) -> None:
+        """Refused: a gradient has no signals.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} averages the signals of layers; give the recipe a fallback for what can't be heard"
+        )
+
+    def collect(self, sums: Sums, signals: Sequence[Signal], recipe: Recipe) -> None:
+        """Add the inputs' second moment, if it is wanted, and the signals themselves."""
+        tensors = sums.zeroed_()
+        for place in (self._output, self._input):
+            if f"factor_{place.name}" in tensors:
+                add_independent(tensors[f"factor_{place.name}"], place, self.layout, signals[0], reduce=False)
+            add_first(tensors[f"mean_{place.name}"], place, self.layout, signals[0])
+
+    def average(self, state: State, means: Sequence[Means], keep: Weight, gain: Weight) -> None:
+        """Average the inputs' second moment; the means are of this batch alone."""
+        factors = [{name: one for name, one in mean.items() if name.startswith("factor_")} for mean in means]
+        super().average(state, factors, keep, gain)
+        for name in (f"mean_{self._input.name}", f"mean_{self._output.name}"):
+            new = _stacked(means, name)
+            state[name].copy_(torch.where(torch.as_tensor(gain, device=new.device) > 0, new, state[name]))
+
+    def roots(self, state: State, recipe: Recipe, scale: float) -> Iterable[RootJob]:
+        """The inverse of the inputs' factor."""
+        name = self._input.name
+        factor, inverse = (state[f"{what}_{name}"].flatten(0, 1) for what in ("factor", "inverse"))
+        residual, kept = (state[f"{what}_{name}"].flatten() for what in ("residual", "kept"))
+        how = chosen(How(1.0, recipe.root.solver, factor.dtype, tolerance=recipe.root.tolerance))
+        yield RootJob(factor, scale, _shift(recipe), how, inverse, residual, kept)
+
+    def correct(self, state: State, operand: Tensor, recipe: Recipe, keep: Weight, gain: Weight, scale: float) -> None:
+        """The Hessian's action on the mean input: H_a <- BFGS(H_a; H_a ā, (A + √λI) H_a ā)."""
+        name = self._input.name
+        factor, inverse, mean = (state[f"{what}_{name}"].flatten(0, 1) for what in ("factor", "inverse", "mean"))
+        s = _times(inverse, mean)
+        _bfgs_(inverse, s, _times(factor, s) * scale + _shift(recipe) * s)
+
+    def follow(
+        self,
+        state: State,
+        before: Tensor,
+        after: Tensor,
+        means: Sequence[Means],
+        recipe: Recipe,
+        keep: Weight,
+        gain: Weight,
+    ) -> None:
+        """Average the pair of this step in, damp it, and update H_g."""
+        out, given = self._output.name, self._input.name
+        activations = [
+            _times(self.layout.block(weights)[0][:, 0], mean.flatten(0, 1))
+            for weights, mean in ((before, state[f"mean_{given}"]), (after, _stacked(means, f"mean_{given}")))
+        ]
+        slopes = [one.flatten(0, 1) for one in (state[f"mean_{out}"], _stacked(means, f"mean_{out}"))]
+        step, change = (state[f"{what}_{out}"].flatten(0, 1) for what in ("step", "change"))
+        moved, bent = activations[1] - activations[0], slopes[1] - slopes[0]
+        sound = (moved.isfinite().all(-1) & bent.isfinite().all(-1))[:, None]
+        for average, new in ((step, moved), (change, bent)):
+            average.copy_(torch.where(sound, average * keep + new * gain, average))
+        s, y = (torch.where(sound, one, 0.0) for one in self._damped(state, step, change, _shift(recipe)))
+        if self._memory is None:
+            _bfgs_(state[f"inverse_{out}"].flatten(0, 1), s, y)
+            return
+        good = _usable(s, y)
+        place = state["place"].flatten()
+        where = torch.nn.functional.one_hot(place, self._memory).bool() & good[:, None]
+        for what, new in (("steps", s), ("changes", y)):
+            pairs = state[f"{what}_{out}"].flatten(0, 1)
+            pairs.copy_(torch.where(where[:, :, None], new[:, None], pairs))
+        place.copy_((place + good) % self._memory)
+
+    def _damped(self, state: State, s: Tensor, y: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        """Double damping: sᵀy at least μ yᵀHy, and at least the bound times sᵀs."""
+        hy = self._inverse_times(state, y[..., None])[..., 0]
+        sy, yhy = _dot(s, y), _dot(y, hy)
+        share = torch.where(sy < _POWELL * yhy, (1 - _POWELL) * yhy / _apart(yhy - sy), 1.0)
+        s = share * s + (1 - share) * hy
+        if self.additive:
+            return s, y + bound * s
+        sy, ss = _dot(s, y), _dot(s, s)
+        share = torch.where(sy <= bound * ss, (1 - bound) * ss / _apart(ss - sy), 1.0)
+        return s, share * y + (1 - share) * s
+
+    def _inverse_times(self, state: State, columns: Tensor) -> Tensor:
+        """H_g times ``[n * rows, o, c]``."""
+        out = self._output.name
+        if self._memory is None:
+            return state[f"inverse_{out}"].flatten(0, 1) @ columns
+        place = state["place"].flatten()
+        order = (place[:, None] + torch.arange(self._memory, device=place.device)) % self._memory
+        s, y = (
+            state[f"{what}_{out}"].flatten(0, 1).take_along_dim(order[..., None], 1) for what in ("steps", "changes")
+        )
+        return columns + _compact(s, y, columns)
+
+    def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
+        """H_g G H_a; with exponent -1 the inverses of these.
+
+        Raises:
+            ValueError: for other exponents than 1 and -1.
+        """
+        if exponent not in (1, -1):
+            raise ValueError(
+                f"exponent must be 1 or -1 for {type(self).__name__}, which keeps inverses, got {exponent}"
+            )
+        (block,) = self.layout.block(operand)  # own ties f1 f2
+        inputs = state[f"inverse_{self._input.name}"].flatten(0, 1)
+        if exponent < 0:
+            return self.layout.unblock([self._multiplied(0, block, self._curvatures(state))], operand)
+        block = self._multiplied(0, block, [(self._input, inputs)])
+        moved = block.movedim(2 + self._output.number, 1)  # own o ties i
+        product = self._inverse_times(state, moved.flatten(2)).view(moved.shape)
+        return self.layout.unblock([product.movedim(1, 2 + self._output.number)], operand)
+
+    def _curvatures(self, state: State) -> list[tuple[Place, Tensor]]:
+        """The inverses of H_g and H_a."""
+        inputs = state[f"inverse_{self._input.name}"].flatten(0, 1)
+        outputs = self._inverse_times(state, _identities(state[f"mean_{self._output.name}"].flatten(0, 1)))
+        pairs = ((self._output, outputs), (self._input, inputs))
+        return [(place, torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix)[0])) for place, matrix in pairs]
+
+    def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
+        """(H_g ⊗ H_a)^-1, put in place."""
+        matrices = {place.number: (place, matrix) for place, matrix in self._curvatures(state)}
+        return put_in_place(self.layout, [self._kron(state, 0, matrices)], next(iter(state.values())))
+
+
+class AdditiveQuasiNewtonBlock(QuasiNewtonBlock):
+    """The quasi-Newton block of convolutions (Ren, Bahamou & Goldfarb 2021): the second damping is y <- y + √λ s."""
+
+    additive = True
+
+
+def _shift(recipe: Recipe) -> float:
+    """√λ, for one of two factors."""
+    return number(recipe.damping.value) ** 0.5
+
+
+def _stacked(means: Sequence[Means], name: str) -> Tensor:
+    return torch.stack([value * factor for value, factor in (mean[name] for mean in means)])
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    return torch.bmm(matrices, vectors[..., None])[..., 0]
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return (left * right).sum(-1, keepdim=True)
+
+
+def _apart(difference: Tensor) -> Tensor:
+    """A difference that may be divided by where it is used."""
+    return torch.where(difference > 0, difference, 1.0)
+
+
+def _identities(vectors: Tensor) -> Tensor:
+    return torch.ones_like(vectors).diag_embed()
+
+
+def _usable(s: Tensor, y: Tensor) -> Tensor:
+    """Which pairs may update an inverse, ``[B]``."""
+    product = _dot(s, y)[..., 0]
+    finite = s.isfinite().all(-1) & y.isfinite().all(-1) & (1 / product).isfinite()
+    return (product > 0) & finite
+
+
+def _bfgs_(inverse: Tensor, s: Tensor, y: Tensor) -> None:
+    """H <- H + (ρ² yᵀHy + ρ) s sᵀ - ρ (s (Hy)ᵀ + (Hy) sᵀ), ρ = 1 / sᵀy, in place where the pair can be used."""
+    good = _usable(s, y)[:, None]
+    s, y = torch.where(good, s, 0.0), torch.where(good, y, 0.0)
+    rho = torch.where(good, 1 / torch.where(good, _dot(s, y), 1.0), 0.0)
+    hy = _times(inverse, y)
+    along = (rho**2 * _dot(y, hy) + rho) * s - rho * hy  # H + along sᵀ - ρ s (Hy)ᵀ
+    inverse.baddbmm_(along[..., None], s[:, None]).baddbmm_(s[..., None], (rho * hy)[:, None], alpha=-1)
+
+
+def _compact(s: Tensor, y: Tensor, columns: Tensor) -> Tensor:
+    """(H - I) times columns, with H the BFGS inverse of pairs in order of age, from the identity (Byrd et al. 1994, Th. 2.2).
+
+    Args:
+        s: ``[B, W, f]``; rows that are zero are no pairs.
+        y: ``[B, W, f]``.
+        columns: ``[B, f, c]``.
+    """
+    products = s @ y.mT  # W W
+    diagonal = products.diagonal(dim1=1, dim2=2)
+    upper = products.triu() + torch.where(diagonal == 0, 1.0, 0.0).diag_embed()
+    first, second = s @ columns, y @ columns
+    inner = torch.linalg.solve_triangular(upper, first, upper=True)
+    middle = (y @ y.mT + diagonal.diag_embed()) @ inner - second
+    top = torch.linalg.solve_triangular(upper.mT, middle, upper=False)
+    return s.mT @ top - y.mT @ inner
