@@ -14,6 +14,7 @@ from .optimizers import (
     MBF,
     NGD,
     SGD,
+    SINGD,
     SOAP,
     TKFAC,
     TNT,
@@ -31,6 +32,7 @@ from .optimizers import (
     MomentumAdam,
     Muon,
     OneSidedShampoo,
+    PSGDKron,
     RMSprop,
     Shampoo,
     SophiaG,
@@ -38,7 +40,7 @@ from .optimizers import (
 )
 from .partition import Partition, PartitionError
 from .preconditioner import Preconditioner
-from .recipe import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
+from .recipe import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule, Tracking
 from .roots import register_solver
 from .routing import Route
 from .signals import Signal, Tap
@@ -53,6 +55,7 @@ __all__ = [
     "MBF",
     "NGD",
     "SGD",
+    "SINGD",
     "SOAP",
     "TKFAC",
     "TNT",
@@ -80,6 +83,7 @@ __all__ = [
     "Muon",
     "NonFiniteGradient",
     "OneSidedShampoo",
+    "PSGDKron",
     "Partition",
     "PartitionError",
     "Preconditioner",
@@ -97,6 +101,7 @@ __all__ = [
     "Tap",
     "TapError",
     "TapWarning",
+    "Tracking",
     "register_layer",
     "register_solver",
     "sample_labels",

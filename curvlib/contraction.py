@@ -343,7 +343,8 @@ def add_independent(
         _add_counts(_kept(total, keep), place, layout, signal)
         return
     for (part,) in slices([signal], _densest([signal])):
-        if place.source == 1 and part.constant is not None and not reduce and _whole(layout, region, part.input_axes):
+        joined = place.source == 1 and part.constant is not None and total.ndim == 3
+        if joined and not reduce and _whole(layout, region, part.input_axes):
             _add_joined_gram(total[0], part, keep)
             keep = 1.0
             continue

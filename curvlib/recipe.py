@@ -174,6 +174,29 @@ class Damping:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """How a root is tracked from statistic to statistic instead of being solved, see :mod:`curvlib.blocks.tracked`.
+
+    Args:
+        rate: step size of the root.
+        momentum: of its steps (SINGD), or of the bound that they are divided by (PSGD).
+        coupled: for SINGD: factors know of each other's traces; not: IKFAC.
+        normalize: for SINGD: bound the steps by their largest entry.
+        triangular: for SINGD: lower triangular factors.
+    """
+
+    rate: Number = 0.1
+    momentum: Number = 0.9
+    coupled: bool = True
+    normalize: bool = False
+    triangular: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("tracking rate", self.rate, strict=True)
+        check_number("tracking momentum", self.momentum, high=1.0)
+
+
+@dataclass(frozen=True)
 class Root:
     """Which power of the damped curvature is applied, direction = curvature^(-exponent) gradient, and how it is solved.
 
@@ -184,6 +207,7 @@ class Root:
             ``"auto"``: Cholesky where it can, else eigh.
         dtype: ``"float64"`` solves in double precision whatever the statistics' dtype; ``None`` in theirs.
         tolerance: a root whose relative residual exceeds it is not used; the previous one stays.
+        tracking: of structures that track their roots, such as :class:`~curvlib.blocks.InverseFreeBlock`.
     """
 
     exponent: float | Fraction = 1.0
@@ -191,6 +215,7 @@ class Root:
     solver: str = "auto"
     dtype: Literal["float64"] | None = None
     tolerance: float = 0.1
+    tracking: Tracking | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.damping, Damping):

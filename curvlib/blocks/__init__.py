@@ -12,6 +12,7 @@ from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, 
 from .quasi_newton import AdditiveQuasiNewtonBlock, QuasiNewtonBlock
 from .rank_one import RankOneBlock
 from .standard import StandardBlock
+from .tracked import InverseFreeBlock, WhiteningBlock
 from .window import WindowBlock
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "DiagonalBlock",
     "EigenBlock",
     "EigenbasisBlock",
+    "InverseFreeBlock",
     "LikelihoodBlock",
     "Means",
     "QuasiNewtonBlock",
@@ -37,6 +39,7 @@ __all__ = [
     "StandardBlock",
     "State",
     "Sums",
+    "WhiteningBlock",
     "WindowBlock",
     "block_for",
 ]

@@ -15,9 +15,11 @@ from .mbf import MBF
 from .muon import Muon
 from .ngd import NGD
 from .one_sided import FOOF, FullAdagrad, OneSidedShampoo
+from .psgd import PSGDKron
 from .rmsprop import RMSprop
 from .sgd import SGD
 from .shampoo import Shampoo
+from .singd import SINGD
 from .soap import SOAP, KLShampoo
 from .sophia import SophiaG, SophiaH
 from .tkfac import TKFAC
@@ -31,6 +33,7 @@ __all__ = [
     "MBF",
     "NGD",
     "SGD",
+    "SINGD",
     "SOAP",
     "TKFAC",
     "TNT",
@@ -50,6 +53,7 @@ __all__ = [
     "MomentumAdam",
     "Muon",
     "OneSidedShampoo",
+    "PSGDKron",
     "RMSprop",
     "Shampoo",
     "SophiaG",

@@ -170,6 +170,7 @@ def _averages(one: Training) -> None:
         moment = held.recipe.moment
         if (
             moment.labels == "sampled"
+            or held.recipe.root.tracking is not None
             or moment.initial
             or moment.centered
             or moment.maximum
