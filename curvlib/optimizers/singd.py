@@ -32,8 +32,9 @@ class SINGD(CurvatureOptimizer):
         M   <- μ M + C Cᵀ g K Kᵀ
         w   <- (1 - lr·weight_decay) w - lr M
 
-    Dense factors are INGD. ``coupled=False`` is IKFAC, whose K Kᵀ tends to KFAC's (U + λI)^-1. The authors' code adds
-    weight_decay · w to the preconditioned gradient instead. What can't be heard follows its momentum.
+    Dense factors are INGD. ``coupled=False`` is IKFAC, whose K Kᵀ tends to KFAC's (U + λI)^-1; the authors have no
+    ``factor_momentum`` there. Their code adds weight_decay · w to the preconditioned gradient instead. What can't be heard
+    follows its momentum.
 
     Args:
         params: parameters, groups, named parameters, or a model.
