@@ -174,17 +174,23 @@ def _train(
 
 def _step(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Split) -> float:
     """One training step; the loss, or NaN where gradients are no longer finite."""
-    optimizer.zero_grad()
-    outputs = model(batch.inputs)
-    if isinstance(optimizer, curvlib.CurvatureOptimizer):
-        optimizer.observe(outputs, problem.likelihood)
-    loss = problem.loss(outputs, batch)
-    loss.backward()
+
+    def closure() -> float:
+        """What a method may want to see once more after its step."""
+        optimizer.zero_grad()
+        outputs = model(batch.inputs)
+        loss = problem.loss(outputs, batch)
+        retain = False
+        if isinstance(optimizer, curvlib.CurvatureOptimizer):
+            optimizer.observe(outputs, problem.likelihood, loss=loss)
+            retain = optimizer.needs_graph
+        loss.backward(retain_graph=retain)
+        return loss.item()
+
     try:
-        optimizer.step()
+        return float(optimizer.step(closure))
     except curvlib.NonFiniteGradient:
         return math.nan
-    return loss.item()
 
 
 def batches(split: Split, size: int, seed: int, start: int, stop: int) -> Iterator[Split]:

@@ -1,5 +1,6 @@
 """curvlib: second-order optimizers as configurations of one batched preconditioning engine."""
 
+from .differentiable import DecorrelatedNorm, matrix_inverse_sqrt, matrix_sqrt
 from .ears import TapError, TapWarning
 from .finish import Finish
 from .health import Health, NonFiniteGradient
@@ -67,6 +68,7 @@ __all__ = [
     "Clip",
     "CurvatureOptimizer",
     "Damping",
+    "DecorrelatedNorm",
     "Eva",
     "Finish",
     "FullAdagrad",
@@ -102,6 +104,8 @@ __all__ = [
     "TapError",
     "TapWarning",
     "Tracking",
+    "matrix_inverse_sqrt",
+    "matrix_sqrt",
     "register_layer",
     "register_solver",
     "sample_labels",

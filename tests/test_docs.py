@@ -15,7 +15,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page, monkeypatch):
-    monkeypatch.setattr(roots, "SOLVERS", {name: roots.SOLVERS[name] for name in ("cholesky", "eigh", "qr")})
+    monkeypatch.setattr(
+        roots, "SOLVERS", {name: roots.SOLVERS[name] for name in ("cholesky", "eigh", "qr", "pade", "taylor")}
+    )
     names: dict[str, object] = {}
     for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(snippet, str(page), "exec"), names)

@@ -164,8 +164,10 @@ class LikelihoodBlock(EigenBlock):
         F_i <- β F_i + (1 - β) G_(i) (⊗_{j≠i} (F_j + λI)^-1) G_(i)ᵀ / Π_{j≠i} d_j
         curvature = ⊗ F_i,     direction = ×_i Q_i (Λ_i + λ)^-p Q_iᵀ
 
-    Between two refreshes eigenvalues are tracked in the bases as they stand, Λ_i = diag(Q_iᵀ F_i Q_i). State, beside that of
-    the eigen block: ``whiten_…``, (Λ_i + λ)^-½.
+    At first all factors are multiples of the identity whose product is the mean square of the first gradient. Between two
+    refreshes eigenvalues are tracked in the bases as they stand, Λ_i = diag(Q_iᵀ F_i Q_i).
+
+    State, beside that of the eigen block: ``whiten_…``, (Λ_i + λ)^-½.
     """
 
     damps: ClassVar[Literal["whole", "factors"]] = "factors"
@@ -183,7 +185,7 @@ class LikelihoodBlock(EigenBlock):
     def _root_spec(self, name: str, rows: int, factor: FactorShape) -> dict[str, Spec]:
         return {
             **super()._root_spec(name, rows, factor),
-            f"whiten_{name}": Spec((rows, factor.size), "eigenvalues", fill=1.0),
+            f"whiten_{name}": Spec((rows, factor.size), "eigenvalues"),
         }
 
     def _moved(self, state: State, place: Place) -> Moved:
@@ -194,11 +196,14 @@ class LikelihoodBlock(EigenBlock):
         """Carry eigenvalues over to new bases."""
         whiten = state[f"whiten_{place.name}"].flatten(0, 1)[first : first + old.shape[0]]
         overlap = _overlap(old.to(whiten.dtype), new.to(whiten.dtype))
-        whiten.copy_((overlap @ whiten[..., None] ** -2)[..., 0] ** -0.5)
+        moved = (overlap @ whiten[..., None] ** -2)[..., 0] ** -0.5
+        whiten.copy_(torch.where(whiten > 0, moved, whiten))
 
     def update(self, state: State, operand: Tensor, keep: Weight, gain: Weight) -> None:
         """Accumulate every factor's second moment of gradients that the others have whitened."""
         blocks = self.layout.block(operand)
+        for index, block in enumerate(blocks):
+            self._start(state, index, block)
         whitened = [list(self._whitened(state, index, block)) for index, block in enumerate(blocks)]
         for region, place in self._stored():
             factor = state[f"factor_{place.name}"].flatten(0, 1)
@@ -207,6 +212,15 @@ class LikelihoodBlock(EigenBlock):
             for size in others:
                 entries *= size
             moments.accumulate(factor, whitened[place.region][place.number], place.number, keep, gain / entries)
+
+    def _start(self, state: State, index: int, block: Tensor) -> None:
+        """Give factors that have seen nothing one share each of the gradient's mean square."""
+        places = self._places[index]
+        mean = block.square().flatten(1).mean(1, keepdim=True)
+        share = torch.where(mean > 0, mean, 1.0) ** (-0.5 / len(places))
+        for place in places:
+            whiten = state[f"whiten_{place.name}"].flatten(0, 1)
+            whiten.copy_(torch.where(whiten > 0, whiten, share))
 
     def _whitened(self, state: State, index: int, block: Tensor) -> Iterator[Tensor]:
         """For each factor the block, whitened by all others."""

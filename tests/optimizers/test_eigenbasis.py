@@ -95,7 +95,8 @@ class KL(Soap):
         b1, b2 = self.betas
         if self.factors is None:
             self.factors = [torch.zeros(n, n, dtype=F64) for n in g.shape]
-            self.white, self.q = ([torch.eye(n, dtype=F64) for n in g.shape] for _ in range(2))
+            self.q = [torch.eye(n, dtype=F64) for n in g.shape]
+            self.white = [q * g.square().mean() ** (-0.5 / g.ndim) for q in self.q]
         for axis, factor in enumerate(self.factors):
             others = [torch.eye(len(m), dtype=F64) if a == axis else m for a, m in enumerate(self.white)]
             white = unfolded(rotated(g, others), axis)
