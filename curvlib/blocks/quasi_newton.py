@@ -49,6 +49,10 @@ class QuasiNewtonBlock(StandardBlock):
         moment, damping = recipe.moment, recipe.damping
         if moment.of != "signals":
             raise ValueError(f"{type(self).__name__} needs Moment(of='signals'), got of={moment.of!r}")
+        if moment.labels != "data":
+            raise ValueError(
+                f"{type(self).__name__} compares gradients of the training loss, labels='data', got {moment.labels!r}"
+            )
         if damping.relative_to or damping.outside or recipe.root.exponent != 1:
             raise ValueError(
                 f"{type(self).__name__} keeps inverses with an absolute damping; "

@@ -32,6 +32,10 @@ class RankOneBlock(Block):
         super().__init__(layout, recipe)
         if recipe.moment.of != "signals":
             raise ValueError(f"RankOneBlock needs Moment(of='signals'), got of={recipe.moment.of!r}")
+        if recipe.moment.labels == "exact":
+            raise ValueError(
+                "RankOneBlock averages signals themselves, which exact labels have many of; got labels='exact'"
+            )
         if recipe.damping.relative_to or recipe.damping.split or recipe.damping.outside:
             raise ValueError(f"RankOneBlock damps by an absolute number, got {recipe.damping}")
         self._places = independent_places(layout)

@@ -136,6 +136,8 @@ def _rule(rule: Rule) -> str:
     if rule.grafting is not None:
         parts.append(f"grafting on {rule.grafting.kind}")
     parts += [type(finish).__name__ for finish in rule.finish]
+    if rule.model is not None:
+        parts.append(f"{type(rule.model).__name__} steps")
     if rule.clip is not None:
         parts.append(f"{rule.clip.kind.upper()} clip")
     return ", ".join(parts) or "–"
