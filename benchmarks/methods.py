@@ -170,8 +170,11 @@ METHODS = {
             curvlib.SophiaG,
             "#DDCC77",
             ":",
-            {"digits-autoencoder": {"lr": 3e-3}, "digits-cnn": {"lr": 3e-3}},
-            {"rho": 0.01, "weight_decay": 0.0},
+            {
+                "digits-autoencoder": {"lr": 3e-3, "rho": 0.1, "betas": (0.8, 0.95)},
+                "digits-cnn": {"lr": 3e-3, "rho": 0.01},
+            },
+            {"weight_decay": 0.0},
         ),
         Method(
             "adafactor",
@@ -241,7 +244,7 @@ METHODS = {
             curvlib.SINGD,
             "#EE7733",
             "-",
-            {"digits-autoencoder": {"lr": 1e-3}, "digits-cnn": {"lr": 1e-2}},
+            {"digits-autoencoder": {"lr": 1e-3}, "digits-cnn": {"lr": 3e-2}},
             {"rate": 0.1, "normalize": True},
         ),
         Method(
@@ -258,7 +261,7 @@ METHODS = {
             curvlib.AdaHessian,
             "#009E73",
             "--",
-            {"digits-autoencoder": {"lr": 0.1}, "digits-cnn": {"lr": 0.1}},
+            {"digits-autoencoder": {"lr": 0.1, "eps": 1e-2}, "digits-cnn": {"lr": 0.3, "power": 0.8}},
         ),
         Method(
             "sophia-h",
@@ -266,8 +269,11 @@ METHODS = {
             curvlib.SophiaH,
             "#DDCC77",
             "-",
-            {"digits-autoencoder": {"lr": 1e-3}, "digits-cnn": {"lr": 3e-3}},
-            {"gamma": 0.01, "weight_decay": 0.0},
+            {
+                "digits-autoencoder": {"lr": 3e-3, "gamma": 0.1, "betas": (0.8, 0.95)},
+                "digits-cnn": {"lr": 3e-3, "gamma": 0.01},
+            },
+            {"weight_decay": 0.0},
         ),
         Method(
             "layerwise-sgd",
@@ -275,7 +281,7 @@ METHODS = {
             curvlib.LayerwiseSGD,
             "#CC79A7",
             "-",
-            {"digits-autoencoder": {"largest": 0.1}, "digits-cnn": {"largest": 1.0}},
+            {"digits-autoencoder": {"largest": 0.1, "every": 1, "beta": 0.0, "momentum": 0.5}, "digits-cnn": {"largest": 1.0}},
         ),
         Method(
             "layerwise-adamw",
