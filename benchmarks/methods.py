@@ -281,7 +281,10 @@ METHODS = {
             curvlib.LayerwiseSGD,
             "#CC79A7",
             "-",
-            {"digits-autoencoder": {"largest": 0.1, "every": 1, "beta": 0.0, "momentum": 0.5}, "digits-cnn": {"largest": 1.0}},
+            {
+                "digits-autoencoder": {"largest": 0.1, "every": 1, "beta": 0.0, "momentum": 0.5},
+                "digits-cnn": {"largest": 1.0},
+            },
         ),
         Method(
             "layerwise-adamw",

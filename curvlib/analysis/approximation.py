@@ -107,8 +107,12 @@ def _of_partition(partition: Partition, model: nn.Module) -> Table:
 
 
 def _plain(recipe: Recipe, labels: Labels) -> Recipe:
+    if recipe.root.tracking is not None or recipe.moment.of == "hessian":
+        what = "roots that are tracked from step to step" if recipe.root.tracking else "moments of the Hessian"
+        raise ValueError(f"{what} are no approximation that data alone decide; {recipe.partition} cannot be compared")
     moment = replace(recipe.moment, average="mean", initial=0.0, debias=False)
-    moment = replace(moment, labels=labels) if moment.listens else replace(moment, of="gradient")
+    seen = {"labels": labels, "average": "ema", "beta": 0.0}  # a second look at the same data replaces the first
+    moment = replace(moment, **seen) if moment.listens else replace(moment, of="gradient")  # type: ignore[arg-type]
     fallback = None if recipe.fallback is None else _plain(recipe.fallback, labels)
     return replace(recipe, moment=moment, rule=Rule(), schedule=Schedule(), fallback=fallback)
 
@@ -201,6 +205,11 @@ class Approximation:
             for lead, one in seconds.items():
                 self._times[lead] = min(one.stop(), self._times.get(lead, math.inf))
         optimizer.step()
+        for _ in range(max(ear.block.looks for ear in optimizer._taps.ears.values()) - 1):
+            optimizer.zero_grad()
+            for inputs, targets in self.objective.chunks(512):
+                self._backward(optimizer, inputs, targets, len(inputs) / len(self.objective))
+            optimizer.step()
 
     def _average(self, optimizer: CurvatureOptimizer, batch: int) -> None:
         """Average the statistics of gradients over batches."""

@@ -117,12 +117,15 @@ class Block:
     Attributes:
         elementwise: operands, directions and state are lists of tensors, one an operand, instead of packed batches.
         again: look at the same batch once more at the new parameters, see :meth:`follow`; it needs ``step(closure)``.
+        looks: how often it must see the same data until it holds what these say: 2 where one statistic lives in what
+            another is solved for.
         damps: what an absolute damping λ is added to: the ``"whole"`` curvature, so that ``apply`` is (curvature + λI)^-p;
             or its ``"factors"``, one by one. It is what :mod:`curvlib.testing` holds a structure to.
     """
 
     elementwise: ClassVar[bool] = False
     again: ClassVar[bool] = False
+    looks: ClassVar[int] = 1
     damps: ClassVar[Literal["whole", "factors"]] = "whole"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:

@@ -44,6 +44,8 @@ class EigenbasisBlock(EigenBlock):
     eigen block: ``second_{region}``. When a basis changes, s is carried over by the squared overlaps of old and new vectors.
     """
 
+    looks: ClassVar[int] = 2
+
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)
         self._listens = recipe.moment.listens

@@ -14,6 +14,7 @@ from torch import nn
 import curvlib
 from curvlib import CurvatureOptimizer, Damping, Moment, Recipe, Root
 from curvlib.analysis import Objective, Operator, fisher, hessian
+from curvlib.analysis.approximation import Approximation
 from curvlib.analysis.exact import example_gradients
 from curvlib.blocks import EigenBlock
 from tests.analysis.problems import F64, N, Problem, close, problem
@@ -251,6 +252,9 @@ def test_corrected_eigenvalues_keep_the_trace_and_are_nearer_than_kfac(labels, s
         assert float(corrected.trace() / exact.trace()) == pytest.approx(1.0, rel=1e-12)
         assert abs(float(kfac.trace() / exact.trace()) - 1) > 1e-3
         assert (corrected - exact).norm() < (kfac - exact).norm() * (1 - 1e-3)
+        seen = Approximation(curvlib.EKFAC, some.objective(), labels, layer)
+        (held,) = seen.held
+        torch.testing.assert_close(held.dense(), corrected, rtol=0, atol=1e-10 * float(corrected.norm()))
 
 
 # -- the Hessian ------------------------------------------------------------------------------------------------------
