@@ -177,6 +177,9 @@ def _update(
         lr: Weight = settings["lr"]
         if isinstance(lr, Tensor):
             lr = lr.to(device)
+        if rule.lr_limit is not None:
+            limit = number(rule.lr_limit)
+            lr = lr.clamp_max(limit) if isinstance(lr, Tensor) else min(lr, limit)
         if gate is not None:
             lr = lr * gated(1.0, 0.0, gate.to(device))
         if rule.decay == "decoupled" and settings["weight_decay"] != 0:

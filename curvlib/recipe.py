@@ -346,6 +346,7 @@ class Rule:
         model: of the loss, which decides step sizes, see :mod:`curvlib.models`; or none.
         decay: what a group's ``weight_decay`` means: ``"decoupled"``: w <- (1 - lr·decay) w; ``"l2"``: added to the gradient.
         lr_decay: the step is lr / (1 + t · lr_decay), as in torch.optim.Adagrad.
+        lr_limit: the step is no longer than this, whatever lr is, as in torch.optim.Adafactor; ``None`` for no limit.
     """
 
     momentum: Momentum | None = None
@@ -355,10 +356,13 @@ class Rule:
     model: Model | None = None
     decay: Literal["decoupled", "l2"] = "decoupled"
     lr_decay: Number = 0.0
+    lr_limit: Number | None = None
 
     def __post_init__(self) -> None:
         check_choice("decay", self.decay, ("decoupled", "l2"))
         check_number("lr_decay", self.lr_decay)
+        if self.lr_limit is not None:
+            check_number("lr_limit", self.lr_limit)
         if not isinstance(self.finish, tuple) or not all(isinstance(one, Finish) for one in self.finish):
             raise TypeError(f"finish must be a tuple of curvlib.Finish, got {self.finish!r}")
         if self.model is not None and self.clip is not None:

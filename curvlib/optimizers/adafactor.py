@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
 from ..finishes import ClipRms, ParameterScale
@@ -42,7 +42,7 @@ class Adafactor(CurvatureOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 1e-2,
+        lr: float | Tensor | Callable[[int], float] = 1e-2,
         beta2_decay: float = -0.8,
         eps: float = 1e-3,
         d: float = 1.0,
@@ -56,7 +56,7 @@ class Adafactor(CurvatureOptimizer):
         super().__init__(
             params,
             adafactor,
-            Relative(lr),
+            lr,
             weight_decay=weight_decay,
             maximize=maximize,
             model=model,
@@ -66,15 +66,9 @@ class Adafactor(CurvatureOptimizer):
         )
 
 
-class Relative:
-    """The step size ρ = min(lr, t^-½) of step t = 1, 2, …."""
-
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
-
-    def __call__(self, step: int) -> float:
-        """The step size of a step, from 0."""
-        return min(self.lr, (step + 1) ** -0.5)
+def largest_step(step: int) -> float:
+    """t^-½ of step t = 1, 2, …, which is counted from 0."""
+    return (step + 1) ** -0.5
 
 
 class Decaying:
@@ -90,7 +84,7 @@ class Decaying:
 
 def adafactor(beta2: float | Callable[[int], float], eps: float, d: float) -> Table:
     """Matrices and higher: two diagonal factors over the last two dimensions; vectors: their diagonal."""
-    root, rule = Root(0.5, Damping(1e-30)), Rule(finish=(ClipRms(d), ParameterScale(eps)))
+    root, rule = Root(0.5, Damping(1e-30)), Rule(finish=(ClipRms(d), ParameterScale(eps)), lr_limit=largest_step)
     factored = Moment(beta=beta2, composition="trace")
     matrices = tuple(
         Route(Recipe(f"{own} | [y], [z]", factored, root, rule, axes=f"{own} y z".strip()), where=Rank(dimensions))

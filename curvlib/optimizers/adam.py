@@ -57,7 +57,17 @@ class Adam(CurvatureOptimizer):
 class AdamW(CurvatureOptimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019); the twin of :class:`torch.optim.AdamW`.
 
-    As :class:`Adam`, but w <- (1 - lr·weight_decay) w - lr m̂ / (√v̂ + eps), with weight_decay 0.01.
+    As :class:`Adam`, but w <- (1 - lr·weight_decay) w - lr m̂ / (√v̂ + eps).
+
+    Args:
+        params: parameters, groups, named parameters, or a model.
+        lr: step size.
+        betas: β of the averages of gradients and of their squares.
+        eps: added to the denominator.
+        weight_decay: decoupled.
+        amsgrad: divide by the largest average of squares so far.
+        maximize: ascend instead.
+        model: see :class:`CurvatureOptimizer`.
     """
 
     def __init__(

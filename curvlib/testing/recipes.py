@@ -161,7 +161,7 @@ def _averages(one: Training) -> None:
     plain.detach()
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    before = values(model)
+    before, first = values(model), {unit.name: recipe.moment for unit, recipe in optimizer._recipes().items()}
     for _ in range(one.steps):
         one.step(model, optimizer, 0)
     if any(not torch.equal(value, before[name]) for name, value in values(model).items()):
@@ -171,6 +171,7 @@ def _averages(one: Training) -> None:
         if (
             moment.labels == "sampled"
             or held.recipe.root.tracking is not None
+            or moment != first[held.unit.name]  # a schedule decides its weights
             or moment.initial
             or moment.centered
             or moment.maximum

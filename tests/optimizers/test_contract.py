@@ -1,0 +1,139 @@
+"""What every named method owes a training loop, beyond what the kit draws for each."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import curvlib
+from curvlib import CurvatureOptimizer, TapWarning
+
+KINDS = [
+    kind
+    for kind in (getattr(curvlib.optimizers, name) for name in curvlib.optimizers.__all__)
+    if isinstance(kind, type) and issubclass(kind, CurvatureOptimizer)
+]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+
+
+def closure_of(optimizer, model, t=0):
+    generator = torch.Generator().manual_seed(t)
+    x, y = torch.randn(8, 4, dtype=torch.float64, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+
+    def closure():
+        optimizer.zero_grad()
+        outputs = model(x)
+        loss = F.cross_entropy(outputs, y)
+        optimizer.observe(outputs, "categorical", loss=loss)
+        loss.backward(retain_graph=optimizer.needs_graph)
+        return loss
+
+    return closure
+
+
+@every_kind
+def test_the_loss_comes_back(kind):
+    model = network()
+    optimizer = kind(model)
+    loss = optimizer.step(closure_of(optimizer, model))
+    assert loss.item() == pytest.approx(F.cross_entropy(network()(closure_inputs()), closure_labels()).item())
+
+
+def closure_inputs():
+    return torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def closure_labels():
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(8, 4, dtype=torch.float64, generator=generator)
+    return torch.randint(0, 3, (8,), generator=generator)
+
+
+@every_kind
+def test_parameters_alone_will_do(kind):
+    """Without a model; methods that listen say so once, and go on with gradients."""
+    model = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TapWarning)
+        optimizer = kind(model.parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for t in range(3):
+        optimizer.step(closure_of(optimizer, model, t))
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert any(not torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+
+
+@every_kind
+def test_groups_schedulers_and_frozen_layers(kind):
+    model = network()
+    model[0].bias.requires_grad_(False)
+    trainable = [
+        {"params": model[0].parameters()},
+        {"params": [*model[2].parameters(), *model[3].parameters()], "lr": 0.0},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TapWarning)
+        optimizer = kind(trainable, model=model)
+    if "weight_decay" in optimizer.param_groups[0]:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if t < 2 else 0.0)
+    snapshots = [[parameter.detach().clone() for parameter in model.parameters()]]
+    for t in range(4):
+        optimizer.step(closure_of(optimizer, model, t))
+        scheduler.step()
+        snapshots.append([parameter.detach().clone() for parameter in model.parameters()])
+    moved = [not torch.equal(one, two) for one, two in zip(snapshots[0], snapshots[2], strict=True)]
+    assert moved == [True, False, False, False, False, False]
+    assert all(torch.equal(one, two) for one, two in zip(snapshots[2], snapshots[4], strict=True))  # lr is 0 by then
+
+
+@every_kind
+def test_lr_may_be_a_schedule_of_its_own(kind):
+    model = network()
+    optimizer = kind(model, lr=lambda step: 0.01 / (1 + step))
+    for t in range(3):
+        optimizer.step(closure_of(optimizer, model, t))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / (1 + t))
+    assert isinstance(optimizer.state_dict()["param_groups"][0]["lr"], float)
+
+
+@every_kind
+@pytest.mark.parametrize("value", [-1.0, math.nan, "0.1"])
+def test_a_bad_step_size_is_refused(kind, value):
+    with pytest.raises(ValueError, match=r"lr must be a number from 0, got"):
+        kind([nn.Parameter(torch.ones(2, 2))], lr=value)
+
+
+@every_kind
+def test_the_docstring_names_every_setting(kind):
+    described = "".join(inspect.getdoc(one) for one in kind.__mro__ if one in KINDS)
+    for name in inspect.signature(kind.__init__).parameters:
+        if name not in ("self", "params"):
+            assert f"{name}:" in described or f"{name}," in described, f"{kind.__name__} does not describe {name}"
+
+
+@every_kind
+def test_directions_can_be_inspected(kind):
+    model = network()
+    optimizer = kind(model)
+    optimizer.step(closure_of(optimizer, model))
+    assert set(optimizer.routing()) == {name for name, _ in model.named_parameters()}
+    assert all(size >= 0 for size in optimizer.memory().values())
+    assert optimizer.health().ok
+    assert kind.__name__ in repr(optimizer)
+    for held in optimizer.held():
+        dense = held.dense()
+        assert dense.shape == (sum(p.numel() for p in held.unit.operand.parameters),) * 2
+        assert torch.isfinite(dense).all()
