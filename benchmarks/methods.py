@@ -261,7 +261,10 @@ METHODS = {
             curvlib.AdaHessian,
             "#009E73",
             "--",
-            {"digits-autoencoder": {"lr": 0.1, "eps": 1e-2}, "digits-cnn": {"lr": 0.3, "power": 0.8}},
+            {
+                "digits-autoencoder": {"lr": 0.1, "eps": 1e-2, "betas": (0.8, 0.999)},
+                "digits-cnn": {"lr": 0.2, "eps": 1e-3, "power": 0.9},
+            },
         ),
         Method(
             "sophia-h",
@@ -295,6 +298,26 @@ METHODS = {
             {
                 "digits-autoencoder": {"largest": 3e-3, "damping": 1e-3},
                 "digits-cnn": {"largest": 0.03, "damping": 0.1},
+            },
+        ),
+        Method(
+            "rmsprop",
+            "RMSprop",
+            curvlib.RMSprop,
+            "#661100",
+            ":",
+            {"digits-autoencoder": {"lr": 1e-3}, "digits-cnn": {"lr": 1e-3}},
+            {"momentum": 0.9, "alpha": 0.9},
+        ),
+        Method(
+            "adagrad",
+            "Adagrad",
+            curvlib.Adagrad,
+            "#332288",
+            ":",
+            {
+                "digits-autoencoder": {"lr": 3e-2, "initial_accumulator_value": 1e-3},
+                "digits-cnn": {"lr": 3e-2},
             },
         ),
         Method(

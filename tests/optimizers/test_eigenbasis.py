@@ -285,12 +285,12 @@ def test_signs_and_order_of_a_basis_change_nothing():
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("basis", ["qr", "eigh"])
-@pytest.mark.parametrize("kind", [curvlib.SOAP, curvlib.KLShampoo, curvlib.EKFAC])
+@pytest.mark.parametrize(
+    ("kind", "basis"),
+    [(curvlib.SOAP, "qr"), (curvlib.SOAP, "eigh"), (curvlib.KLShampoo, "qr"), (curvlib.EKFAC, "eigh")],
+)
 def test_stable_with_a_refresh_every_step_for_3000_steps(kind, basis):
     """Where eigenvalues are sorted anew without their second moment, this diverges within a few tens of steps."""
-    if kind is curvlib.EKFAC and basis == "qr":
-        pytest.skip("EKFAC solves its bases by eigh")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x = torch.randn(64, 4)
@@ -337,16 +337,16 @@ def test_factors_of_kl_shampoo_are_the_maximum_likelihood_ones():
     torch.manual_seed(0)
     a, b = torch.randn(4, 4, dtype=F64), torch.randn(3, 3, dtype=F64)
     model = nn.Linear(3, 4, bias=False).double()
-    recipe = Recipe("| o, i", Moment(beta=0.999, debias=True), Root(0.5, Damping(1e-6, "trace")), block=LikelihoodBlock)
+    recipe = Recipe("| o, i", Moment(beta=0.998, debias=True), Root(0.5, Damping(1e-6, "trace")), block=LikelihoodBlock)
     optimizer = CurvatureOptimizer(model, recipe, lr=0.0)
-    for t in range(3000):
+    for t in range(1500):
         z = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(t))
         model.weight.grad = a @ z @ b.T
         optimizer.step()
     found = optimizer.curvature(model)
     wanted = torch.kron(a @ a.T, b @ b.T)
-    # about 1,000 gradients of 12 entries count: errors of their covariance are of the order of sqrt(12 / 1000)
-    assert (found - wanted).norm() / wanted.norm() < 3 * math.sqrt(12 / 1000)
+    # about 500 gradients of 12 entries count: errors of their covariance are of the order of sqrt(12 / 500)
+    assert (found - wanted).norm() / wanted.norm() < 3 * math.sqrt(12 / 500)
 
 
 @pytest.mark.parametrize("exponent", [1.0, 0.5])

@@ -205,11 +205,11 @@ def test_psgd_whitens():
     recipe = Recipe(
         "| o, i",
         Moment(),
-        Root(0.5, Damping(0.0), tracking=Tracking(lambda t: 0.1 / (1 + t / 200), 0.9)),
+        Root(0.5, Damping(0.0), tracking=Tracking(lambda t: 0.1 / (1 + t / 100), 0.9)),
         block=WhiteningBlock,
     )
     optimizer = CurvatureOptimizer(model, recipe, lr=0.0)
-    for t in range(6000):
+    for t in range(3000):
         z = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(t))
         model.weight.grad = a @ z @ b.T
         optimizer.step()
