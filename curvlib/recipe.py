@@ -44,9 +44,8 @@ class Moment:
         maximum: keep the entrywise maximum over steps (AMSGrad; diagonal partitions only).
         dtype: ``"float32"``: float32 or the parameter's dtype if that is wider; ``"parameter"``: the parameter's.
         labels: whose gradients are taken: ``"data"``: the training backward's own; ``"sampled"``: of labels drawn from the
-            model; ``"exact"``: the mean over all such labels in closed form (type-2 Fisher, the generalised Gauss-Newton
-            matrix). The last two need ``optimizer.observe`` in the loop. For ``"gradient"``, ``"sampled"`` is the batch
-            gradient of drawn labels (TNT).
+            model (for ``"gradient"``: its batch gradient, TNT); ``"exact"``: the mean over all such labels in closed form
+            (the generalised Gauss-Newton matrix). The last two need ``optimizer.observe`` in the loop.
         sharing: for ``"signals"``, of a layer's shared positions: ``"expand"``: each counts by itself; ``"reduce"``: inputs
             are averaged and output gradients summed first (Eschenhagen et al. 2023).
         subsample: use every s-th example only (for ``"expand"``, position), scaled up to all.
@@ -91,10 +90,8 @@ class Moment:
         if self.window is not None:
             check_count("window", self.window)
             if self.of in ("samples", "hessian") or self.initial != 0:
-                raise ValueError(
-                    "window keeps batch gradients, of='gradient' or of='momentum', or pairs of signals, with initial=0; "
-                    f"got of={self.of!r}, initial={self.initial!r}"
-                )
+                got = f"got of={self.of!r}, initial={self.initial!r}"
+                raise ValueError(f"window keeps batch gradients, or pairs of signals, with initial=0; {got}")
         if self.of != "hessian" and (self.order != 2 or self.pooling is not None):
             raise ValueError(f"order=1 and pooling need of='hessian', got of={self.of!r}")
         if self.extra and self.centered:
@@ -417,6 +414,13 @@ class Recipe:
                 )
         if self.moment.of == "hessian" and not (self.cut.diagonal and self.block is None):
             raise ValueError(f"of='hessian' needs a diagonal partition such as '... |', got {str(self.partition)!r}")
+        known = getattr(self.block, "uses", {"window"} if self.block is None else set())
+        for name, value in (("window", self.moment.window), ("tracking", self.root.tracking)):
+            if value is not None and name not in known:
+                whose = "the standard block" if self.block is None else self.block.__name__
+                raise ValueError(
+                    f"{name}={value!r} means nothing to {whose}; leave it out, or choose a block that uses it"
+                )
         if self.moment.of == "momentum" and (self.rule.momentum is None or self.rule.momentum.after):
             raise ValueError("of='momentum' needs a rule with momentum before preconditioning")
 

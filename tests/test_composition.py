@@ -181,6 +181,8 @@ def test_both_happened():
         (lambda: Moment("signals", composition="trace"), "independent"),
         (lambda: Rule(Momentum(), model=Quadratic()), "momentum=None"),
         (lambda: Damping(0.1, "trace", split="pi"), "relative_to=None"),
+        (lambda: Recipe("| o, i", root=Root(tracking=Tracking())), "means nothing to the standard block"),
+        (lambda: Recipe("| o, i", Moment(window=3), block=blocks.EigenBlock), "window=3 means nothing to EigenBlock"),
     ],
 )
 def test_a_refusal_names_the_reason(make, words):

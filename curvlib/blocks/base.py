@@ -119,6 +119,7 @@ class Block:
         again: look at the same batch once more at the new parameters, see :meth:`follow`; it needs ``step(closure)``.
         looks: how often it must see the same data until it holds what these say: 2 where one statistic lives in what
             another is solved for.
+        uses: of the settings that few structures know, those that this one does: ``"window"``, ``"tracking"``.
         damps: what an absolute damping λ is added to: the ``"whole"`` curvature, so that ``apply`` is (curvature + λI)^-p;
             or its ``"factors"``, one by one. It is what :mod:`curvlib.testing` holds a structure to.
     """
@@ -126,6 +127,7 @@ class Block:
     elementwise: ClassVar[bool] = False
     again: ClassVar[bool] = False
     looks: ClassVar[int] = 1
+    uses: ClassVar[frozenset[str]] = frozenset()
     damps: ClassVar[Literal["whole", "factors"]] = "whole"
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:

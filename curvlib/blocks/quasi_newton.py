@@ -42,6 +42,7 @@ class QuasiNewtonBlock(StandardBlock):
     """
 
     again: ClassVar[bool] = True
+    uses: ClassVar[frozenset[str]] = frozenset({"window"})
     additive: ClassVar[bool] = False
     """Whether the second damping is y <- y + √λ s, whatever the pair (KF-QN-CNN)."""
 

@@ -21,6 +21,7 @@ from .standard import Place, StandardBlock, put_in_place
 class _Tracked(StandardBlock):
     """What both have in common: a matrix X (or a diagonal) for every factor, ``tracked_…``, and no roots to solve."""
 
+    uses: ClassVar[frozenset[str]] = frozenset({"tracking"})
     exponent: ClassVar[float]
     """The power of the curvature that is applied, to which X Xᵀ belongs."""
 

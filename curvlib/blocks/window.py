@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class WindowBlock(Block):
     ``weight``, and ``place``, where the next gradient goes. M is solved with every statistic,
     whatever the schedule of refreshes.
     """
+
+    uses: ClassVar[frozenset[str]] = frozenset({"window"})
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)

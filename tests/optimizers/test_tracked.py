@@ -324,5 +324,6 @@ def test_what_makes_no_sense_is_refused(make, message):
 
 def _case(partition, moment, exponent=1.0, tracked=True):
     tracking = Tracking() if tracked else None
-    recipe = Recipe(partition, moment, Root(exponent, Damping(0.1), tracking=tracking))
+    block = InverseFreeBlock if tracked else None
+    recipe = Recipe(partition, moment, Root(exponent, Damping(0.1), tracking=tracking), block=block)
     return recipe.cut.layout({"o": 3, "i": 3}, (), (("o",), ("i",))), recipe
