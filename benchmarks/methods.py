@@ -263,7 +263,7 @@ METHODS = {
             "--",
             {
                 "digits-autoencoder": {"lr": 0.1, "eps": 1e-2, "betas": (0.8, 0.999)},
-                "digits-cnn": {"lr": 0.2, "eps": 1e-3, "power": 0.9},
+                "digits-cnn": {"lr": 0.2, "betas": (0.8, 0.99), "power": 0.8},
             },
         ),
         Method(
@@ -285,7 +285,7 @@ METHODS = {
             "#CC79A7",
             "-",
             {
-                "digits-autoencoder": {"largest": 0.1, "every": 1, "beta": 0.0, "momentum": 0.5},
+                "digits-autoencoder": {"largest": 0.2, "every": 1, "beta": 0.0, "momentum": 0.7, "damping": 1e-2},
                 "digits-cnn": {"largest": 1.0},
             },
         ),
