@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -16,21 +17,27 @@ from .problems import PROBLEMS
 from .records import Record
 
 _POINTS = 120
+_CROWD = 12  # methods in one figure, beyond which bands would hide the curves
 
 
 def curves(records: Sequence[Record]) -> Figure:
-    """Training loss of one problem against steps (left) and seconds of training (right)."""
+    """Training loss of one problem against steps (left) and seconds of training (right); bands for up to twelve methods."""
     problem = PROBLEMS[records[0].spec.problem]
+    runs = {name: [record for record in records if record.spec.method == name] for name in METHODS}
+    runs = {name: mine for name, mine in runs.items() if mine}
+    # The legend has the order in which curves end.
+    runs = dict(sorted(runs.items(), key=lambda item: -_band(item[1], "step")[2][-1]))
+    columns = 1 if len(runs) <= _CROWD else 2
+    height = max(3.3, 0.4 + 0.22 * math.ceil(len(runs) / columns))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.3), layout="constrained")
+        figure = Figure(figsize=(8.0 + 1.6 * columns, height), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for method in METHODS.values():
-            mine = [record for record in records if record.spec.method == method.name]
-            if not mine:
-                continue
+        for name, mine in runs.items():
+            method = METHODS[name]
             for axes, against in ((left, "step"), (right, "seconds")):
                 grid, low, middle, high = _band(mine, against)
-                axes.fill_between(grid, low, high, color=method.colour, alpha=0.18, linewidth=0)
+                if len(runs) <= _CROWD:
+                    axes.fill_between(grid, low, high, color=method.colour, alpha=0.18, linewidth=0)
                 axes.plot(grid, middle, color=method.colour, linestyle=method.dash, linewidth=1.6, label=method.title)
         for axes in (left, right):
             axes.axhline(problem.target, color="0.4", linewidth=0.8)
@@ -46,7 +53,7 @@ def curves(records: Sequence[Record]) -> Figure:
         left.set_ylabel("training loss (running average)")
         right.set_xlabel("training time in seconds")
         handles, names = right.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right upper", frameon=False)
+        figure.legend(handles, names, loc="outside right upper", ncols=columns, frameon=False)
     return figure
 
 
