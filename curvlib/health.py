@@ -29,11 +29,11 @@ class NonFiniteGradient(FloatingPointError):
         )
 
 
-def check_finite(named: Sequence[tuple[str, Tensor]], mode: str, masked: dict[str, Tensor]) -> Tensor | None:
+def check_finite(named: Sequence[tuple[str, Tensor, bool]], mode: str, masked: dict[str, Tensor]) -> Tensor | None:
     """Report non-finite gradients by name, or return the gate that masks this step on the device.
 
     Args:
-        named: parameter names and gradients.
+        named: parameter names, gradients, and whether these are to be squared, so that their squares must be finite, too.
         mode: see :class:`~curvlib.CurvatureOptimizer`, ``on_nonfinite``.
         masked: name -> how many steps it masked, counted on the device.
 
@@ -41,25 +41,37 @@ def check_finite(named: Sequence[tuple[str, Tensor]], mode: str, masked: dict[st
         NonFiniteGradient: where the mode says so.
     """
     check_choice("on_nonfinite", mode, ("auto", "raise", "mask"))
-    named = [(name, gradient) for name, gradient in named if gradient.numel()]
+    named = [one for one in named if one[1].numel()]
     if not named:
         return None
-    gradients = [gradient for _, gradient in named]
+    gradients = [gradient for _, gradient, _ in named]
     if mode == "raise" or (mode == "auto" and gradients[0].device.type == "cpu"):
         # A finite Euclidean norm is the quickest proof; only a square that overflows needs a second look.
-        if not _finite(gradients, 2).all():
-            flags = _finite(gradients, torch.inf).tolist()
-            if not all(flags):
-                raise NonFiniteGradient([name for (name, _), good in zip(named, flags, strict=True) if not good])
+        small = _finite(gradients, 2)
+        if not small.all():
+            pairs = zip(small.tolist(), _finite(gradients, torch.inf).tolist(), strict=True)
+            bad = [
+                name if not finite else f"{name} (its square overflows)"
+                for (name, _, squared), (fits, finite) in zip(named, pairs, strict=True)
+                if not finite or (squared and not fits)
+            ]
+            if bad:
+                raise NonFiniteGradient(bad)
         return None
-    finite = _finite(gradients, torch.inf)
-    for (name, _), good in zip(named, finite, strict=True):
-        masked[name] = masked.get(name, 0) + ~good
-    return finite.all()
+    flags = []
+    for squared, order in ((True, 2), (False, torch.inf)):
+        names = [name for name, _, own in named if own == squared]
+        finite = _finite([gradient for _, gradient, own in named if own == squared], order)
+        for name, good in zip(names, finite, strict=True):
+            masked[name] = masked.get(name, 0) + ~good
+            flags.append(good)
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
 
 
 def _finite(gradients: list[Tensor], order: float) -> Tensor:
     """Whether the norm of each gradient is finite, on the first one's device."""
+    if not gradients:
+        return torch.ones(0, dtype=torch.bool)
     norms = torch._foreach_norm(gradients, order)
     return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite()
 

@@ -6,8 +6,9 @@ gradient and H_ll the layer's block of the batch's Hessian::
     α_l = min(largest, EMA(g_lᵀd_l) / (max(0, EMA(d_lᵀ H_ll d_l)) + λ EMA(d_lᵀd_l)))
     w_l <- w_l - lr α_l d_l
 
-α_l minimises the quadratic model of the loss along -d_l. A product with a block is one backward pass through the gradient's
-graph, cut down to that layer. The paper's text could not be had: averages, λ and the bound are what its abstract leaves open.
+α_l minimises the quadratic model of the loss along -d_l; where d_l was zero whenever it was measured, it is the largest. A
+product with a block is one backward pass through the gradient's graph, cut down to that layer. The paper's text could not be
+had: averages, λ and the bound are what its abstract leaves open.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def scale_steps(
         slope, bend, square = kept
         bound = bend.clamp_min(0) + number(model.damping) * square
         tiny = torch.finfo(bound.dtype).tiny
-        alpha = (slope.clamp_min(0) / bound.clamp_min(tiny)).clamp_max(number(model.largest))
-        one.stretch(alpha)
+        largest = number(model.largest)
+        alpha = (slope.clamp_min(0) / bound.clamp_min(tiny)).clamp_max(largest)
+        one.stretch(torch.where(square > 0, alpha, largest))
 
 
 def _measured(

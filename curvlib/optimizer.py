@@ -302,22 +302,23 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self, active: list[Unit], heard: Mapping[Unit, Means], given: engine.Given | None = None
     ) -> Tensor | None:
         """Report non-finite gradients and signals by name, or return the gate that masks this step."""
+        recipes = self._recipes()
         named = [
-            (slot.name, parameter.grad)
+            (slot.name, parameter.grad, recipes[unit].squares)
             for unit in active
             for slot, parameter in zip(unit.slots, unit.operand.parameters, strict=True)
             if parameter.grad is not None
         ]
-        for name, gradient in named:
+        for name, gradient, _ in named:
             if gradient.layout != torch.strided:
                 raise RuntimeError(f"{name} has a sparse gradient; use sparse=False in its layer")
         said = [
-            (f"the signals of {unit.name}", evidence(value))
+            (f"the signals of {unit.name}", evidence(value), False)
             for unit, means in heard.items()
             for value, _ in means.values()
         ]
         said += [
-            (f"the {name} gradient of {slot.name}", found[parameter])
+            (f"the {name} gradient of {slot.name}", found[parameter], True)
             for name, found in (given or {}).items()
             for unit in active
             for slot, parameter in zip(unit.slots, unit.operand.parameters, strict=True)

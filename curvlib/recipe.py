@@ -340,6 +340,12 @@ class Recipe:
         return self.root.damping
 
     @property
+    def squares(self) -> bool:
+        """Whether squares of gradients, or their products with directions, are taken."""
+        rule = self.rule
+        return self.root.exponent != 0 or rule.grafting is not None or rule.clip is not None or rule.model is not None
+
+    @property
     def on_gradients(self) -> Recipe:
         """What a parameter gets whose layer can't be heard: the fallback, or gradients' moments normalised by the trace."""
         if not self.moment.listens:

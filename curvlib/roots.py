@@ -12,8 +12,8 @@ A solve never harms: a matrix whose root fails after every retry keeps its previ
 
 The retry ladder: what is decomposed is symmetrised (Cholesky reads one triangle only); what fails is solved once more in
 float64, then in float64 with 1e-6 of its mean eigenvalue added. On an accelerator only a solver that waits for the device
-anyway retries; failures of the others keep the previous root at once. Batched LU is never used: it is unreliable on CPU
-(pytorch#141358, #142815).
+anyway retries; failures of the others keep the previous root at once. Where memory runs out, the previous roots of that batch
+stay, and are counted. Batched LU is never used: it is unreliable on CPU (pytorch#141358, #142815).
 """
 
 from __future__ import annotations
@@ -214,7 +214,15 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
     scale = _join([rows(job.scale, job) for job in jobs])
     damping = _join([rows(job.damping, job) for job in jobs])
     previous = _join([job.root for job in jobs]).to(how.dtype) if SOLVERS[how.solver].warm else None
-    root, residual = solve(factor * scale[:, None, None], damping, how, previous)
+    try:
+        root, residual = solve(factor * scale[:, None, None], damping, how, previous)
+    except RuntimeError as error:  # without memory old roots stay, and are counted
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        for job in jobs:
+            job.kept.add_(1)
+            job.residual.fill_(torch.inf)
+        return
     good = residual <= how.tolerance
     first = 0
     for job in jobs:

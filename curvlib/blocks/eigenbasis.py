@@ -232,7 +232,8 @@ class LikelihoodBlock(EigenBlock):
             for other in places:
                 if other is not place:
                     one = self._whiten(state, index, one, other, 1.0)
-            yield one
+            sound = one.square().flatten(1).sum(1).isfinite()  # what overflows says nothing
+            yield torch.where(sound.view(-1, *[1] * (one.ndim - 1)), one, 0.0)
 
     def _whiten(self, state: State, index: int, block: Tensor, place: Place, power: float) -> Tensor:
         """Multiply Q (Λ + λ)^(-power/2) Qᵀ into a factor's mode."""

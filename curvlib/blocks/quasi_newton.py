@@ -271,7 +271,9 @@ def _bfgs_(inverse: Tensor, s: Tensor, y: Tensor) -> None:
     rho = torch.where(good, 1 / torch.where(good, _dot(s, y), 1.0), 0.0)
     hy = _times(inverse, y)
     along = (rho**2 * _dot(y, hy) + rho) * s - rho * hy  # H + along sᵀ - ρ s (Hy)ᵀ
-    inverse.baddbmm_(along[..., None], s[:, None]).baddbmm_(s[..., None], (rho * hy)[:, None], alpha=-1)
+    new = inverse.baddbmm(along[..., None], s[:, None]).baddbmm_(s[..., None], (rho * hy)[:, None], alpha=-1)
+    sound = new.flatten(1).isfinite().all(1)[:, None, None]
+    inverse.copy_(torch.where(sound, new, inverse))
 
 
 def _compact(s: Tensor, y: Tensor, columns: Tensor) -> Tensor:
