@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 Number = float | Callable[[int], float]
 T = TypeVar("T")
@@ -54,6 +56,26 @@ def check_count(name: str, value: Any) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Refuse a parameter group that no method can take.
+
+    Raises:
+        ValueError: naming the parameter or the setting, and what is allowed.
+    """
+    for name, parameter in zip(group.get("param_names", group["params"]), group["params"], strict=True):
+        label = name if isinstance(name, str) else f"of shape {list(parameter.shape)}"
+        if parameter.is_complex():
+            raise ValueError(f"parameter {label} is complex; optimize torch.view_as_real of it instead")
+        if hasattr(parameter, "placements"):
+            raise ValueError(f"parameter {label} is a DTensor, sharded over ranks; use DistributedDataParallel instead")
+    check_number("lr", group["lr"] if not isinstance(group["lr"], Tensor) else group["lr"].item())
+    check_number("weight_decay", group["weight_decay"])
+    if not isinstance(group["reduction"], str):
+        check_number("reduction", group["reduction"], strict=True)
+    else:
+        check_choice("reduction", group["reduction"], ("mean", "sum"))
 
 
 def number(value: Number | Fraction) -> float:

@@ -3,8 +3,8 @@
 For a symmetric positive definite A and Z = I - A/‖A‖, in the Frobenius norm::
 
     A^½  ≈ ‖A‖^½ Σ_k a_k Z^k            a_k: the Taylor series of (1 - z)^½
-    A^½  ≈ ‖A‖^½ Q(Z)^-1 P(Z)           P/Q: its diagonal Padé approximant [m/m]
-    A^-½ ≈ ‖A‖^-½ P(Z)^-1 Q(Z)
+    A^½  ≈ ‖A‖^½ Q^-1 P                 P/Q: its diagonal Padé approximant [m/m]
+    A^-½ ≈ ‖A‖^-½ P^-1 Q
 
 Backward, whatever the method forward, is that of the root itself: with R = A^½ and G the gradient at R, dL/dA = X solves the
 Lyapunov equation R X + X R = G, by the coupled Newton-Schulz iteration for the matrix sign::
@@ -20,6 +20,7 @@ Both are solvers of the engine, too: ``Root(0.5, solver="pade")`` or ``"taylor"`
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
@@ -45,31 +46,14 @@ def taylor_coefficients(degree: int) -> tuple[Fraction, ...]:
 
 @lru_cache
 def pade_coefficients(degree: int) -> tuple[tuple[Fraction, ...], tuple[Fraction, ...]]:
-    """(p, q) of the diagonal Padé approximant [m/m] of (1 - z)^½, exactly.
+    """(p, q) of the diagonal Padé approximant [m/m] of (1 - z)^½ around z = 0, in powers of x = 1 - z, exactly.
 
-    With s = (1 - z)^½ and n = 2m + 1, (1 + s)^n = E(s²) + s O(s²), and (1 - s)^n = E - s O is of the order z^n: P/Q = E/O.
+    With s = x^½ and n = 2m + 1, (1 + s)^n = P(x) + s Q(x), and (1 - s)^n = P - s Q is of the order z^n: s ≈ P/Q. All
+    coefficients are binomials, so that both are positive definite wherever x ≥ 0.
     """
     n = 2 * degree + 1
-    binomials = [Fraction(1)]
-    for k in range(n):
-        binomials.append(binomials[-1] * (n - k) / (k + 1))
-    even, odd = binomials[0::2], binomials[1::2]
-    return _normalised(_in_z(even)), _normalised(_in_z(odd))
-
-
-def _in_z(coefficients: list[Fraction]) -> list[Fraction]:
-    """Σ c_k (1 - z)^k as a polynomial in z."""
-    result = [Fraction(0)] * len(coefficients)
-    power = [Fraction(1)]
-    for c in coefficients:
-        for place, one in enumerate(power):
-            result[place] += c * one
-        power = [a - b for a, b in zip([*power, Fraction(0)], [Fraction(0), *power], strict=True)]
-    return result
-
-
-def _normalised(coefficients: list[Fraction]) -> tuple[Fraction, ...]:
-    return tuple(one / coefficients[0] for one in coefficients)
+    scaled = [Fraction(math.comb(n, k), 2 ** (n - 1)) for k in range(n + 1)]
+    return tuple(scaled[0::2]), tuple(scaled[1::2])
 
 
 def matrix_sqrt(matrix: Tensor, method: Method = "pade", degree: int | None = None, backward_steps: int = 8) -> Tensor:
@@ -78,8 +62,7 @@ def matrix_sqrt(matrix: Tensor, method: Method = "pade", degree: int | None = No
     Args:
         matrix: ``[..., f, f]``, symmetric positive semidefinite.
         method: ``"pade"``: one Cholesky solve; ``"taylor"``: products alone; ``"eigh"``: exact, waits for the device.
-        degree: of the polynomials; 5 of Padé, 10 of Taylor by default, as the authors'. Rounding in Padé's grows like
-            3^degree, so that float32 gains nothing from more than about 8.
+        degree: of the polynomials; 5 of Padé, 10 of Taylor by default, as the authors'.
         backward_steps: of the Newton-Schulz iteration in backward, for matrices of condition number κ about log₂ κ + 3
             suffice for the precision of float32; with ``"eigh"`` the Lyapunov equation is solved exactly instead.
 
@@ -187,25 +170,25 @@ def _root(matrix: Tensor, method: Method, degree: int, inverse: bool) -> Tensor:
         return (vectors * (values ** (-0.5 if inverse else 0.5))[..., None, :]) @ vectors.mT
     norm = _norm(matrix)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    z = identity - (matrix + matrix.mT) / (2 * norm)
+    x = (matrix + matrix.mT) / (2 * norm)
     if method == "taylor":
-        root = _polynomial(taylor_coefficients(degree), z)
+        root = _polynomial(taylor_coefficients(degree), identity - x)
         return _solve(root, identity) / norm.sqrt() if inverse else root * norm.sqrt()
-    p, q = (_polynomial(one, z) for one in pade_coefficients(degree))
+    p, q = (_polynomial(one, x) for one in pade_coefficients(degree))
     return _solve(p, q) / norm.sqrt() if inverse else _solve(q, p) * norm.sqrt()
 
 
-def _polynomial(coefficients: tuple[Fraction, ...], z: Tensor) -> Tensor:
-    """Σ_k c_k Z^k by Horner's rule."""
-    identity = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device).expand_as(z)
+def _polynomial(coefficients: tuple[Fraction, ...], x: Tensor) -> Tensor:
+    """Σ_k c_k X^k by Horner's rule."""
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
     result = identity * float(coefficients[-1])
     for one in reversed(coefficients[:-1]):
-        result = torch.matmul(result, z) + identity * float(one)
+        result = torch.matmul(result, x) + identity * float(one)
     return result
 
 
 def _solve(left: Tensor, right: Tensor) -> Tensor:
-    """L^-1 R of commuting polynomials of one symmetric matrix; L is positive definite where 0 ≤ Z ≤ I.
+    """L^-1 R of commuting polynomials of one symmetric matrix; L is positive definite where A ≥ 0.
 
     By Cholesky, since batched LU is unreliable on a CPU (pytorch#141358); what has none, such as NaN, stays NaN.
     """

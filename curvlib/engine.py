@@ -10,7 +10,7 @@ What takes the step together is a cohort, see :mod:`curvlib.cohort`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ from .roots import RootJob
 from .rules import Tensors, gated
 from .storage import Bucket
 from .units import Unit
+
+Refresh = Callable[[Iterable[RootJob]], None]
 
 
 @dataclass
@@ -64,6 +66,7 @@ def directions(
     gate: Tensor | None,
     heard: Mapping[Unit, Means],
     given: Given | None = None,
+    refresh: Refresh = roots.refresh,
 ) -> list[Direction]:
     """Take in gradients and statistics, refresh the roots that are due, and precondition everything that has a gradient.
 
@@ -74,11 +77,12 @@ def directions(
         gate: 0-d bool, False where the whole step must change nothing; ``None`` is open.
         heard: what the layers of listening units said.
         given: what takes the gradient's place in moments: pass -> parameter -> tensor.
+        refresh: solves the roots that are due.
     """
     active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, heard, given)]
     for cohort in active:
         cohort.listen(groups, gate)
-    roots.refresh(due_jobs(active))
+    refresh(due_jobs(active))
     for cohort in active:
         cohort.correct()
     whole = [cohort.direct(gate) for cohort in active]

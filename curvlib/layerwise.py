@@ -20,13 +20,18 @@ from torch import Tensor
 
 from .checks import number, period
 from .cohort import Group
+from .distributed import Exchange
 from .engine import Direction
 from .models import Layerwise
 from .passes import Slopes
 
 
 def scale_steps(
-    model: Layerwise, finished: Iterable[Direction], seen: Sequence[Slopes], groups: Sequence[Group]
+    model: Layerwise,
+    finished: Iterable[Direction],
+    seen: Sequence[Slopes],
+    groups: Sequence[Group],
+    exchange: Exchange | None = None,
 ) -> None:
     """Multiply every direction whose rule has this model by the step size of its layer.
 
@@ -35,6 +40,7 @@ def scale_steps(
         finished: this step's directions; changed in place.
         seen: gradients of this step's batches, with their graphs.
         groups: settings: ``loss_factor``, by which what is of the observed losses is divided, ``maximize``.
+        exchange: the ranks over whose batches the Hessian is the mean.
     """
     turn = 0
     for one in finished:
@@ -53,8 +59,11 @@ def scale_steps(
                 group = groups[cohort.units[row].groups[0]]
                 factor = -group["loss_factor"] if group["maximize"] else group["loss_factor"]
                 beta = number(model.beta) if cohort.step else 0.0
-                for value, new in zip(kept, _measured(pieces, seen, factor), strict=True):
-                    value[row] = beta * value[row] + (1 - beta) * new
+                measured = _measured(pieces, seen, factor)
+                measured = measured if exchange is None else exchange.mean([(one, 1.0) for one in measured])
+                for value, new in zip(kept, measured, strict=True):
+                    average = beta * value[row] + (1 - beta) * new
+                    value[row] = torch.where(average.isfinite(), average, value[row])
         slope, bend, square = kept
         bound = bend.clamp_min(0) + number(model.damping) * square
         tiny = torch.finfo(bound.dtype).tiny
@@ -63,13 +72,11 @@ def scale_steps(
         one.stretch(torch.where(square > 0, alpha, largest))
 
 
-def _measured(
-    pieces: Sequence[tuple[Tensor, Tensor, Tensor]], seen: Sequence[Slopes], factor: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _measured(pieces: Sequence[tuple[Tensor, Tensor, Tensor]], seen: Sequence[Slopes], factor: float) -> list[Tensor]:
     """(gᵀd, dᵀHd, dᵀd) of one layer."""
     parameters = [parameter for parameter, _, _ in pieces]
     vectors = [direction.reshape(p.shape).to(p.dtype) for p, direction, _ in pieces]
     zero = pieces[0][1].new_zeros(())
     bend = sum((slopes.bend(parameters, vectors).to(zero) for slopes in seen), zero) / factor
     slope = sum(((d * g).sum() for _, d, g in pieces), zero)
-    return slope, bend, sum((d.square().sum() for _, d, _ in pieces), zero)
+    return [slope, bend, sum((d.square().sum() for _, d, _ in pieces), zero)]

@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import engine
 from .blocks import Means, Sums
 from .checks import check_choice, check_number
+from .distributed import Exchange
 from .ears import TapError, TapWarning
 from .health import warn
 from .labels import LIKELIHOODS, Likelihood, seeds
@@ -42,6 +44,7 @@ class Listening:
     _taps: Taps
     _told: frozenset[str]
     _passes: Passes
+    _exchange: Exchange | None
 
     def _all_units(self) -> list[Unit]:
         raise NotImplementedError
@@ -98,7 +101,37 @@ class Listening:
             means[unit] = sums.means(
                 sums.examples / factor**2 if own else 1 / sums.examples, 1 / factor if own else 1 / sums.examples
             )
-        return means
+        return means if self._exchange is None else self._shared(means, heard)
+
+    def _shared(self, means: Mapping[Unit, Means], heard: Mapping[Unit, Sums]) -> dict[Unit, Means]:
+        """Means over the examples of all ranks."""
+        assert self._exchange is not None
+        places = [(unit, name) for unit, one in means.items() for name in one]
+        local = []
+        for unit, name in places:
+            value, factor = means[unit][name]
+            sums = heard[unit]
+            local.append((value * factor, sums.places if name in sums.of_input else sums.examples))
+        shared: dict[Unit, dict[str, tuple[Tensor, float]]] = {unit: {} for unit in means}
+        for (unit, name), value in zip(places, self._exchange.mean(local), strict=True):
+            shared[unit][name] = (value, 1.0)
+        return {unit: one for unit, one in shared.items()}
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that train together: statistics are means over all of them, and refreshes are shared out.
+
+        Given a DistributedDataParallel it is that model's; else ``None`` until it is set. See :mod:`curvlib.distributed`.
+        """
+        return None if self._exchange is None else self._exchange.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._exchange = None if group is None else Exchange(group)
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes of this rank's share in all collectives so far: ``"statistics"`` and ``"roots"``."""
+        return {} if self._exchange is None else dict(self._exchange.sent)
 
     def _expect(self) -> None:
         """Tell the taps whose statistics are due at the next step."""
@@ -198,7 +231,7 @@ class Listening:
             )
         with self._taps.paused():
             slopes = self._passes.differentiate(
-                loss, self._parameters(), probed, generator or self._generator(loss.device)
+                loss, self._parameters(), probed, generator or self._generator(loss.device, everywhere=True)
             )
         if models:
             self._passes.slopes.append(slopes)
@@ -223,7 +256,14 @@ class Listening:
             group = settings[unit.groups[0]]
             return -group["loss_factor"] if group["maximize"] else group["loss_factor"]
 
-        return self._passes.given(wanted, factor) if wanted else {}
+        given = self._passes.given(wanted, factor) if wanted else {}
+        if self._exchange is None:
+            return given
+        weights = {"drawn": float(self._passes.examples), "probed": 1.0}
+        for name, found in given.items():
+            values = self._exchange.mean([(value, weights[name]) for value in found.values()]) if found else []
+            given[name] = dict(zip(found, values, strict=True))
+        return given
 
     @staticmethod
     def _likelihood(likelihood: Likelihood | None, what: str) -> Likelihood:
@@ -241,9 +281,16 @@ class Listening:
         """Hear nothing in this context: for backward passes that are not of the training loss."""
         return self._taps.paused()
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """The randomness of one observation: of nothing but the seed, the step, and which one of the step it is."""
+    def _generator(self, device: torch.device, everywhere: bool = False) -> torch.Generator:
+        """The randomness of one observation: of nothing but the seed, the step, which one of the step it is, and the rank.
+
+        Args:
+            device: where it draws.
+            everywhere: the same on all ranks.
+        """
         number = (self.seed * 1_000_003 + self._steps) * 1_009 + self._taps.observed
+        if self._exchange is not None and not everywhere:
+            number += self._exchange.rank * 1_000_000_007
         return torch.Generator(device).manual_seed(number)
 
     def _minimise(
@@ -257,11 +304,11 @@ class Listening:
                     raise TapError(
                         "a quadratic model of the loss needs optimizer.observe(outputs, likelihood) at every step"
                     )
-                found[model] = minimise(model, finished, self._passes.outputs, self._parameters())
+                found[model] = minimise(model, finished, self._passes.outputs, self._parameters(), self._exchange)
             elif isinstance(model, Layerwise):
                 if not self._passes.slopes:
                     raise TapError("step sizes of layers need optimizer.observe(loss=loss) before backward")
-                scale_steps(model, finished, self._passes.slopes, settings)
+                scale_steps(model, finished, self._passes.slopes, settings, self._exchange)
         return found
 
     def _adapt(self, found: Mapping[Model, Minimum], before: Any, closure: Callable[[], Any] | None) -> None:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import engine
+from . import engine, roots
 from .blocks import Means
-from .checks import check_choice, check_number, resolve
+from .checks import check_group, resolve
+from .distributed import Exchange
 from .health import check_finite
 from .inspection import Inspection
 from .layers import Reading, Slot, survey
@@ -104,6 +105,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self._taps = Taps()
         self._told: frozenset[str] = frozenset()
         self._passes = Passes()
+        self._exchange: Exchange | None = None
         self.batch_size: int | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
         self.seed = 0
@@ -128,7 +130,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self._schedules.append(schedules)
         self._units = None
         try:
-            self._check_group(group)
+            check_group(group)
             if self._cache is not None:  # the constructor looks at all groups together, when it knows the model
                 self._all_units()
         except (ValueError, TypeError):
@@ -136,18 +138,6 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             self._schedules.pop()
             self._units = None
             raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        for name, parameter in zip(group.get("param_names", group["params"]), group["params"], strict=True):
-            if parameter.is_complex():
-                label = name if isinstance(name, str) else f"of shape {list(parameter.shape)}"
-                raise ValueError(f"parameter {label} is complex; optimize torch.view_as_real of it instead")
-        check_number("lr", group["lr"] if not isinstance(group["lr"], Tensor) else group["lr"].item())
-        check_number("weight_decay", group["weight_decay"])
-        if not isinstance(group["reduction"], str):
-            check_number("reduction", group["reduction"], strict=True)
-        else:
-            check_choice("reduction", group["reduction"], ("mean", "sum"))
 
     def _tables(self) -> list[Table]:
         """Each group's routing table with this step's numbers; equal tables are one object."""
@@ -184,6 +174,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         if not any(parameter in slots for group in self.param_groups for parameter in group["params"]):
             raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters")
         self._slots, self._readings, self._units = slots, readings, None
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self.process_group = model.process_group
         self._all_units()
         self._expect()
 
@@ -235,7 +227,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         follows = self._follows(active, closure)
         recipes = self._bind(active)
         with full_precision():
-            finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard, given)
+            refresh = roots.refresh if self._exchange is None else self._exchange.refresh
+            finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard, given, refresh)
             found = self._minimise(finished, settings)
             self._move(finished, settings, gate)
         if follows and closure is not None:
@@ -258,7 +251,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             for name, schedule in schedules.items():
                 group[name] = schedule(self._steps)
             if schedules:
-                self._check_group(group)
+                check_group(group)
 
     def _group_settings(self, group: dict[str, Any]) -> dict[str, Any]:
         examples = self.batch_size or self._taps.examples or None
@@ -303,28 +296,23 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     ) -> Tensor | None:
         """Report non-finite gradients and signals by name, or return the gate that masks this step."""
         recipes = self._recipes()
-        named = [
-            (slot.name, parameter.grad, recipes[unit].squares)
+        slots = [
+            (unit, slot.name, parameter)
             for unit in active
             for slot, parameter in zip(unit.slots, unit.operand.parameters, strict=True)
-            if parameter.grad is not None
         ]
+        named = [(name, p.grad, recipes[unit].squares) for unit, name, p in slots if p.grad is not None]
         for name, gradient, _ in named:
             if gradient.layout != torch.strided:
                 raise RuntimeError(f"{name} has a sparse gradient; use sparse=False in its layer")
-        said = [
+        named += [
             (f"the signals of {unit.name}", evidence(value), False)
             for unit, means in heard.items()
             for value, _ in means.values()
         ]
-        said += [
-            (f"the {name} gradient of {slot.name}", found[parameter], True)
-            for name, found in (given or {}).items()
-            for unit in active
-            for slot, parameter in zip(unit.slots, unit.operand.parameters, strict=True)
-            if parameter in found
-        ]
-        return check_finite(named + said, self.on_nonfinite, self._masked)
+        for extra, found in (given or {}).items():
+            named += [(f"the {extra} gradient of {name}", found[p], True) for _, name, p in slots if p in found]
+        return check_finite(named, self.on_nonfinite, self._masked)
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any], closure: Callable[[Any], Tensor]) -> int:
@@ -433,7 +421,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_taps" not in self.__dict__:  # a copy hears nothing until it is attached; torch also comes here to load
-            self._readings, self._taps, self._passes = {}, Taps(), Passes()
+            self._readings, self._taps, self._passes, self._exchange = {}, Taps(), Passes(), None
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:

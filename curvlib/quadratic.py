@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import number
+from .distributed import Exchange
 from .engine import Direction
 from .labels import Likelihood, hessian_product
 from .models import Quadratic
@@ -86,7 +87,11 @@ class Minimum:
 
 
 def minimise(
-    model: Quadratic, finished: Sequence[Direction], seen: Sequence[Linearised], parameters: Sequence[Tensor]
+    model: Quadratic,
+    finished: Sequence[Direction],
+    seen: Sequence[Linearised],
+    parameters: Sequence[Tensor],
+    exchange: Exchange | None = None,
 ) -> Minimum:
     """Find α and μ for all directions whose rule has this model, and write αΔ + μδ₀ in their place.
 
@@ -95,6 +100,7 @@ def minimise(
         finished: this step's directions.
         seen: the linearised batches.
         parameters: in the order in which these were differentiated.
+        exchange: the ranks over whose batches the model is the mean.
     """
     mine = [one for one in finished if one.cohort.recipe.rule.model == model]
     place = {parameter: index for index, parameter in enumerate(parameters)}
@@ -110,12 +116,14 @@ def minimise(
                 for column, other in enumerate(pair):
                     inner[row, column] += (vector * other).sum().double().cpu()
     inner *= number(model.damping)
+    fisher = torch.zeros_like(inner)
     for batch in seen:
         images = [batch.push(vectors) for vectors in steps]
         for column, image in enumerate(images):
             product = batch.product(image)
             for row, other in enumerate(images):
-                inner[row, column] += (other * product).sum().double().cpu() / len(seen)
+                fisher[row, column] += (other * product).sum().double().cpu() / len(seen)
+    inner += fisher if exchange is None else exchange.mean([(fisher, 1.0)])[0]
     used = 2 if model.momentum and bool(inner[1, 1] > 0) else 1
     weights = torch.zeros(2, dtype=torch.float64)
     solved = torch.linalg.lstsq(inner[:used, :used], -slope[:used, None], driver="gelsd").solution[:, 0]

@@ -1,0 +1,175 @@
+"""Several processes with shares of a batch equal one with the whole batch."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn import functional as F
+
+import curvlib
+from curvlib import TapWarning, roots
+from curvlib.distributed import shared_out
+from curvlib.roots import How, RootJob
+
+F64 = torch.float64
+STEPS, BATCH = 6, 16
+METHODS = {
+    "MBF": lambda model: curvlib.MBF(model, 0.01, refresh_every=2),
+    "MBF of samples": lambda model: curvlib.MBF(model, 0.01, of="samples"),
+    "MBF, window": lambda model: curvlib.MBF(model, 0.01, linear_blocks="output", window=4),
+    "KFAC": lambda model: curvlib.KFAC(model, 0.05, refresh_every=2),
+    "EKFAC": lambda model: curvlib.EKFAC(model, 0.05),
+    "Shampoo": lambda model: curvlib.Shampoo(model, 0.01, block_size=3),
+    "Shampoo, staggered": lambda model: curvlib.Shampoo(model, 0.01, refresh_every=3, stagger=True),
+    "SOAP": lambda model: curvlib.SOAP(model, 0.01, eps=1e-4, refresh_every=1, basis="eigh"),
+    "Adam": lambda model: curvlib.Adam(model, 0.01),
+    "Eva": lambda model: curvlib.Eva(model, 0.05),
+    "K-BFGS": lambda model: curvlib.KBFGS(model, 0.05),
+    "SINGD": lambda model: curvlib.SINGD(model, 0.01, statistics_every=1),
+    "AdaHessian": lambda model: curvlib.AdaHessian(model, 0.01),
+    "LayerwiseSGD": lambda model: curvlib.LayerwiseSGD(model),
+    "KFAC, quadratic": lambda model: curvlib.KFAC(model, quadratic=True, momentum=0.0, kl_clip=None, labels="exact"),
+}
+RANDOM = {
+    "TNT": lambda model: curvlib.TNT(model, 0.001),
+    "KFAC, drawn": lambda model: curvlib.KFAC(model, 0.05, labels="sampled"),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)
+    ).double()
+
+
+def data(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 2, 4, dtype=F64, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
+
+
+def train(make, rank=0, ranks=1):
+    """Parameters after some steps on this rank's share of every batch, and the traffic."""
+    model = network()
+    given = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TapWarning)
+        optimizer = make(given)
+    for step in range(STEPS):
+        x, y = (one.chunk(ranks)[rank] for one in data(step))
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            outputs = given(x)
+            loss = F.cross_entropy(outputs, y)
+            optimizer.observe(outputs, "categorical", loss=loss)
+            loss.backward(retain_graph=optimizer.needs_graph)
+            return loss
+
+        optimizer.step(closure)
+    values = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return values, optimizer.traffic()
+
+
+def worker(rank, ranks, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    found = {name: train(make, rank, ranks) for name, make in {**METHODS, **RANDOM}.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def runs(request, tmp_path_factory):
+    """(ranks, rank -> method -> parameters and traffic)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (request.param, str(folder)), nprocs=request.param)
+    return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shares_of_a_batch_equal_the_whole(runs, name):
+    _, found = runs
+    alone, traffic = train(METHODS[name])
+    # Null spaces have many bases, which is why SOAP is refreshed at every step: the gradient is in none of them.
+    torch.testing.assert_close(found[0][name][0], alone, rtol=1e-10, atol=1e-10)
+    assert traffic == {}
+
+
+@pytest.mark.parametrize("name", [*METHODS, *RANDOM])
+def test_ranks_are_equal_to_the_last_bit(runs, name):
+    _, found = runs
+    for other in found[1:]:
+        assert torch.equal(other[name][0], found[0][name][0])
+        assert other[name][1] == found[0][name][1]
+
+
+def test_traffic_is_what_the_docs_say(runs):
+    ranks, found = runs
+    # KFAC's factors: of inputs with a bias, and of outputs; the norm's diagonals; one weight for each of these.
+    inputs, outputs = (2 * 2 + 1, 9 + 1, 5 + 1), (3, 5, 3)
+    statistics = sum(n * n for n in (*inputs, *outputs)) + 2 * 5 + len(inputs) + len(outputs) + 2
+    assert found[0]["KFAC"][1]["statistics"] == 8 * STEPS * statistics
+    costs = [n**3 for pair in zip(outputs, inputs, strict=True) for n in pair]
+    sizes = [n for pair in zip(outputs, inputs, strict=True) for n in pair]
+    shares, before = [0] * ranks, 0
+    for n, cost in zip(sizes, costs, strict=True):
+        shares[(2 * before + cost) * ranks // (2 * sum(costs))] += n * n + 2
+        before += cost
+    refreshes = 4  # steps 0, 2, 4 and, with a dense start, 1
+    assert found[0]["KFAC"][1]["roots"] == 8 * refreshes * max(shares)
+    assert found[0]["Adam"][1] == {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_a_refresh_is_shared_out_by_cost(ranks):
+    def job(rows, size):
+        how = How(1.0, "cholesky", F64)
+        factor = torch.eye(size, dtype=F64).repeat(rows, 1, 1)
+        return RootJob(factor, 1.0, 0.5, how, torch.zeros_like(factor), torch.zeros(rows), torch.zeros(rows))
+
+    jobs = [job(5, 3), job(1, 20), job(40, 4), job(2, 10)]
+    shares = shared_out(jobs, ranks)
+    for share in shares:
+        roots.refresh(share)
+    for one in jobs:  # every row was solved, once
+        torch.testing.assert_close(one.root, one.factor / 1.5)
+        assert not one.kept.any()
+    assert sum(part.factor.shape[0] for share in shares for part in share) == 48
+    costs = [sum(part.factor.shape[0] * part.factor.shape[-1] ** 3 for part in share) for share in shares]
+    assert max(costs) <= sum(costs) / ranks + 20**3
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one rank."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_group_is_taken_from_the_model_and_forgotten_by_copies():
+    model = nn.parallel.DistributedDataParallel(network())
+    optimizer = curvlib.Adam(model)
+    assert optimizer.process_group is model.process_group
+    assert copy.deepcopy(optimizer).process_group is None
+    optimizer.process_group = None
+    assert optimizer.traffic() == {}
+
+
+@pytest.mark.usefixtures("alone")
+def test_sharded_parameters_are_refused_by_name():
+    mesh = init_device_mesh("cpu", (1,))
+    shard = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match="parameter weight is a DTensor"):
+        curvlib.Shampoo([("weight", shard)])
