@@ -284,7 +284,8 @@ def main() -> int:
         if wrong:
             failed.append(f"seed {seed}: {case}: {wrong}")
     options.out.mkdir(parents=True, exist_ok=True)
-    content = {"cases": options.cases, "by poison": dict(sorted(counts.items())), "failed": failed}
+    versions = {"curvlib": curvlib.__version__, "torch": torch.__version__}
+    content = {"cases": options.cases, "by poison": dict(sorted(counts.items())), "failed": failed, **versions}
     (options.out / "faults.json").write_text(json.dumps(content, indent=1))
     sys.stdout.write(json.dumps(content, indent=1) + "\n")
     return len(failed) > 0
