@@ -77,6 +77,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     _storage: Storage
     _units: list[Unit] | None
     _cache: _Tables | None
+    _resolved: tuple[list[Unit], list[Table], dict[Unit, Recipe]] | None
 
     def __init__(
         self,
@@ -275,12 +276,15 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     def _recipes(self) -> dict[Unit, Recipe]:
         """Every unit's recipe with this step's numbers; on gradients where its layers can't be heard."""
         units, tables = self._all_units(), self._tables()
-        recipes = {unit: tables[unit.groups[0]][unit.route].recipe for unit in units}
-        silent: dict[Recipe, Recipe] = {}
-        return {
-            unit: silent.setdefault(recipe, recipe.on_gradients) if unit.silent else recipe
-            for unit, recipe in recipes.items()
-        }
+        if self._resolved is None or self._resolved[0] is not units or self._resolved[1] is not tables:
+            recipes = {unit: tables[unit.groups[0]][unit.route].recipe for unit in units}
+            silent: dict[Recipe, Recipe] = {}
+            resolved = {
+                unit: silent.setdefault(recipe, recipe.on_gradients) if unit.silent else recipe
+                for unit, recipe in recipes.items()
+            }
+            self._resolved = (units, tables, resolved)
+        return self._resolved[2]
 
     def _bind(self, active: Sequence[Unit] = ()) -> dict[Unit, Recipe]:
         """Make sure that what is active, or has a record, has packed state; returns every unit's recipe."""
@@ -406,6 +410,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self._storage = Storage()
         self._units = None
         self._cache = None
+        self._resolved = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What torch wraps around an instance (hooks, a scheduler's counting step) stays with that instance.
