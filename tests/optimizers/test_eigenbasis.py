@@ -14,6 +14,7 @@ from curvlib import CurvatureOptimizer, Damping, Moment, Recipe, Root, Route, Sc
 from curvlib.blocks import EigenbasisBlock, LikelihoodBlock, RunningEigenbasisBlock
 from curvlib.testing import check_block, check_recipe
 from tests.optimizers.oracles import F64
+from tests.optimizers.recorded import joined, layers_of, recorded
 from tests.optimizers.test_tnt import batch, network, unfolded
 
 
@@ -167,39 +168,23 @@ def test_soap_beside_a_peer():
             torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-9, atol=1e-11)
 
 
-def kfac_signals(model, x, y):
-    """Per layer inputs (a one appended) and output gradients of single examples, [n, t, …]."""
-    inputs, outputs, value = [], [], x
-    for module in model:
-        if isinstance(module, nn.Linear):
-            inputs.append(value.detach()[:, None])
-        elif isinstance(module, nn.Conv2d):
-            inputs.append(F.unfold(value.detach(), module.kernel_size, padding=module.padding).mT)
-        value = module(value)
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            outputs.append(value)
-    gradients = torch.autograd.grad(F.cross_entropy(value, y, reduction="sum"), outputs)
-    deltas = [g.flatten(2).mT if g.ndim == 4 else g[:, None] for g in gradients]
-    return [torch.cat([a, torch.ones(*a.shape[:2], 1, dtype=F64)], 2) for a in inputs], deltas
-
-
 @pytest.mark.parametrize("scaling", ["samples", "gradient"])
 def test_ekfac(scaling):
     model, lr, damping, beta, period = network(), 0.05, 0.05, 0.8, 3
     optimizer = curvlib.EKFAC(
         model, lr, damping=damping, beta=beta, momentum=0.9, kl_clip=None, scaling=scaling, refresh_every=period
     )
-    layers = [module for module in model if hasattr(module, "weight")]
+    layers = layers_of(model)
     states = [None] * len(layers)
     for t in range(30):
         x, y = batch(t)
-        inputs, deltas = kfac_signals(model, x, y)
-        before = [torch.cat([m.weight.detach().flatten(1), m.bias.detach()[:, None]], 1) for m in layers]
+        seen = recorded(model, x, y)
+        before = [joined(layer) for layer in layers]
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-        for place, (layer, a, d) in enumerate(zip(layers, inputs, deltas, strict=True)):
-            g = torch.cat([layer.weight.grad.flatten(1), layer.bias.grad[:, None]], 1)
+        for place, (layer, (a, _, d, g)) in enumerate(zip(layers, seen, strict=True)):
+            d = d * len(x)  # of single examples' own losses
             n, rows, columns = len(x), a.shape[-1], d.shape[-1]
             if states[place] is None:
                 zero = [torch.zeros(size, size, dtype=F64) for size in (columns, rows)]
@@ -221,8 +206,7 @@ def test_ekfac(scaling):
             m = 0.9 * m + g
             states[place] = [b, aa, u, v, s, m]
             direction = u @ ((u.T @ m @ v) / (s / (1 - beta ** (t + 1)) + damping)) @ v.T
-            found = torch.cat([layer.weight.detach().flatten(1), layer.bias.detach()[:, None]], 1)
-            torch.testing.assert_close(found, before[place] - lr * direction, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(joined(layer), before[place] - lr * direction, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("partition", ["| o, i", "| o/3, i/2", "~o | i", "o | i", "| [o], i"])

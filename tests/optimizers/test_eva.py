@@ -12,22 +12,7 @@ from curvlib import CurvatureOptimizer, Damping, Moment, Partition, Recipe, Root
 from curvlib.blocks import RankOneBlock
 from curvlib.testing import check_recipe
 from tests.optimizers.oracles import F64
-
-
-def signals_of(model, x, y):
-    """Mean inputs (a one appended) and mean output gradients of every layer, by autograd on the activations."""
-    inputs, outputs, value = [], [], x
-    for module in model:
-        if isinstance(module, nn.Linear):
-            inputs.append(torch.cat([value.detach().mean(0), torch.ones(1, dtype=F64)]))
-        elif isinstance(module, nn.Conv2d):
-            patches = F.unfold(value.detach(), module.kernel_size, padding=module.padding)  # n (i k) t
-            inputs.append(torch.cat([patches.mean((0, 2)), torch.ones(1, dtype=F64)]))
-        value = module(value)
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            outputs.append(value)
-    gradients = torch.autograd.grad(F.cross_entropy(value, y), outputs)
-    return inputs, [g.sum((0, 2, 3)) if g.ndim == 4 else g.sum(0) for g in gradients]
+from tests.optimizers.recorded import recorded
 
 
 def network():
@@ -46,7 +31,8 @@ def test_eva(clip, momentum):
     a, b, m = [0.0] * 3, [0.0] * 3, [0.0] * 3
     for t in range(1, 51):
         x, y = torch.randn(12, 2, 2, 2, dtype=F64), torch.randint(0, 3, (12,))
-        inputs, outputs = signals_of(model, x, y)
+        seen = recorded(model, x, y)
+        inputs, outputs = [one.inputs.mean((0, 1)) for one in seen], [one.deltas.sum((0, 1)) for one in seen]
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         wanted, total = [], 0.0

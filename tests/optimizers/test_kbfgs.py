@@ -12,40 +12,16 @@ from curvlib import Damping, Moment, Preconditioner, Recipe, Root, TapError
 from curvlib.blocks import QuasiNewtonBlock
 from curvlib.testing import check_recipe
 from tests.optimizers.oracles import F64
+from tests.optimizers.recorded import joined, layers_of, recorded
 from tests.optimizers.test_tnt import batch, network
-
-
-def layers_of(model):
-    return [module for module in model if hasattr(module, "weight")]
-
-
-def joined(layer):
-    return torch.cat([layer.weight.detach().flatten(1), layer.bias.detach()[:, None]], 1)
 
 
 def looked_at(model, x, y):
     """For every layer: second moment of inputs, mean input, mean pre-activation, mean output gradient, gradient."""
-    inputs, outputs, value = [], [], x
-    for module in model:
-        if isinstance(module, nn.Linear):
-            inputs.append(value.detach()[:, None])
-        elif isinstance(module, nn.Conv2d):
-            inputs.append(F.unfold(value.detach(), module.kernel_size, padding=module.padding).mT)
-        value = module(value)
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            outputs.append(value)
-    parameters = [p for layer in layers_of(model) for p in (layer.weight, layer.bias)]
-    found = torch.autograd.grad(F.cross_entropy(value, y), [*outputs, *parameters])
     seen = []
-    for place, (a, h) in enumerate(zip(inputs, outputs, strict=True)):
-        a = torch.cat([a, torch.ones(*a.shape[:2], 1, dtype=F64)], 2)
-        g = found[place]
-        gradient = torch.cat(
-            [found[len(outputs) + 2 * place].flatten(1), found[len(outputs) + 2 * place + 1][:, None]], 1
-        )
+    for a, h, d, gradient in recorded(model, x, y):
         flat = a.flatten(0, 1)
-        means = (h.detach().mean((0, 2, 3)), g.sum((0, 2, 3))) if h.ndim == 4 else (h.detach().mean(0), g.sum(0))
-        seen.append((flat.T @ flat / len(flat), flat.mean(0), *means, gradient))
+        seen.append((flat.T @ flat / len(flat), flat.mean(0), h.mean((0, 1)), d.sum((0, 1)), gradient))
     return seen
 
 
