@@ -362,12 +362,14 @@ class Listening:
         gradients = [parameter.grad for parameter in self._parameters()]
         for parameter in self._parameters():
             parameter.grad = None
-        with self._taps.again():
-            with torch.enable_grad():
-                closure()
-            heard = self._heard(units, settings)
-        for parameter, gradient in zip(self._parameters(), gradients, strict=True):
-            parameter.grad = gradient
+        try:
+            with self._taps.again():
+                with torch.enable_grad():
+                    closure()
+                heard = self._heard(units, settings)
+        finally:
+            for parameter, gradient in zip(self._parameters(), gradients, strict=True):
+                parameter.grad = gradient
         engine.follow(finished, heard, gate)
 
     def _models(self, needs: str) -> list[Model]:

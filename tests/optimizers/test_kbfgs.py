@@ -187,6 +187,25 @@ def test_a_second_pass_that_is_not_finite_harms_nothing():
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_an_error_in_the_second_pass_leaves_gradients_and_the_next_step():
+    model = network()
+    optimizer = curvlib.KBFGS(model)
+    optimizer.step(closure_of(model, optimizer, 0))
+    first, calls = closure_of(model, optimizer, 1), []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return first()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    optimizer.step(closure_of(model, optimizer, 2))
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
 def test_sums_and_micro_batches():
     found = []
     for reduction, way, size in (("mean", "mean", 10), ("sum", "sum", 10), (2.0, "mean", 5)):
