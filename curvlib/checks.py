@@ -68,8 +68,6 @@ def check_group(group: Mapping[str, Any]) -> None:
         label = name if isinstance(name, str) else f"of shape {list(parameter.shape)}"
         if parameter.is_complex():
             raise ValueError(f"parameter {label} is complex; optimize torch.view_as_real of it instead")
-        if hasattr(parameter, "placements"):
-            raise ValueError(f"parameter {label} is a DTensor, sharded over ranks; use DistributedDataParallel instead")
     check_number("lr", group["lr"] if not isinstance(group["lr"], Tensor) else group["lr"].item())
     check_number("weight_decay", group["weight_decay"])
     if not isinstance(group["reduction"], str):

@@ -179,7 +179,7 @@ class Cohort:
             return value if gate is None else torch.where(gate.to(value.device), value, 0.0)
 
         if not self.bucket.packed:
-            return [given(unit.lead) for unit in self.units]
+            return [given(unit.operand.lead) for unit in self.units]
         assert self.bucket.workspace is not None
         batch = self.bucket.workspace.new_zeros(len(self.rows), *self.bucket.workspace.shape[1:])
         for unit, one in zip(self.units, batch, strict=True):
@@ -189,7 +189,7 @@ class Cohort:
 
     def _separate(self, groups: Sequence[Group], gate: Tensor | None) -> list[Tensor]:
         """The gradients as they lie, copied only where something is to be done to them."""
-        parameters = [unit.lead for unit in self.units]
+        parameters = [unit.operand.lead for unit in self.units]
         gradients = [_as(parameter.grad, self.bucket.structure.dtype) for parameter in parameters]
         members: dict[int, list[int]] = defaultdict(list)
         for place, unit in enumerate(self.units):

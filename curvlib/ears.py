@@ -60,7 +60,7 @@ class Ear:
 
     def trains(self) -> bool:
         """Whether any of its parameters wants a gradient."""
-        return any(parameter.requires_grad for parameter in self.unit.operand.parameters)
+        return any(parameter.requires_grad for parameter in self.unit.parameters)
 
     def empty(self) -> Sums:
         """Sums of nothing, where those of the last step were."""

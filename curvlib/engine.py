@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import roots, rules
+from . import rules
 from .blocks import Means
 from .checks import number, period
 from .cohort import Cohort, Given, Group, Piece, cohorts
@@ -27,7 +27,18 @@ from .rules import Tensors, gated
 from .storage import Bucket
 from .units import Unit
 
-Refresh = Callable[[Iterable[RootJob]], None]
+
+@dataclass(frozen=True)
+class Together:
+    """What the ranks of a process group do together.
+
+    Attributes:
+        refresh: solves the roots that are due.
+        total: adds up the sizes of all directions of every clip.
+    """
+
+    refresh: Callable[[Iterable[RootJob]], None]
+    total: Callable[[dict[Clip, Tensor]], dict[Clip, Tensor]] = dict
 
 
 @dataclass
@@ -65,8 +76,8 @@ def directions(
     groups: Sequence[Group],
     gate: Tensor | None,
     heard: Mapping[Unit, Means],
-    given: Given | None = None,
-    refresh: Refresh = roots.refresh,
+    given: Given,
+    together: Together,
 ) -> list[Direction]:
     """Take in gradients and statistics, refresh the roots that are due, and precondition everything that has a gradient.
 
@@ -77,19 +88,20 @@ def directions(
         gate: 0-d bool, False where the whole step must change nothing; ``None`` is open.
         heard: what the layers of listening units said.
         given: what takes the gradient's place in moments: pass -> parameter -> tensor.
-        refresh: solves the roots that are due.
+        together: what is shared with other ranks.
     """
     active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, heard, given)]
     for cohort in active:
         cohort.listen(groups, gate)
-    refresh(due_jobs(active))
+    together.refresh(due_jobs(active))
     for cohort in active:
         cohort.correct()
     whole = [cohort.direct(gate) for cohort in active]
     finished = [(cohort, list(cohort.pieces(direction))) for cohort, direction in zip(active, whole, strict=True)]
-    shrink = _clip_scales(finished, groups)
+    sizes = together.total(_clip_sizes(finished, groups))
+    shrink = {clip: rules.clip_scale(clip, size) for clip, size in sizes.items()}
     return [
-        Direction(cohort, pieces, shrink.get(cohort.recipe.rule.clip), direction)
+        Direction(cohort, pieces, shrink.get(cohort.recipe.rule.clip) if cohort.recipe.rule.clip else None, direction)
         for (cohort, pieces), direction in zip(finished, whole, strict=True)
     ]
 
@@ -151,16 +163,14 @@ def write(finished: Iterable[Direction]) -> None:
             piece.source.grad.copy_(direction.reshape(piece.source.shape))
 
 
-def _clip_scales(
-    finished: Sequence[tuple[Cohort, Sequence[Piece]]], groups: Sequence[Group]
-) -> dict[Clip | None, Tensor]:
-    """One factor for every clip, over all parameters that share it."""
+def _clip_sizes(finished: Sequence[tuple[Cohort, Sequence[Piece]]], groups: Sequence[Group]) -> dict[Clip, Tensor]:
+    """One size for every clip, over all parameters that share it."""
     pairs: dict[Clip, list[tuple[list[Tensor], list[Tensor], Weight]]] = defaultdict(list)
     for cohort, pieces in finished:
         clip = cohort.recipe.rule.clip
         if clip is not None:
             pairs[clip] += [([one.direction], [one.reference], groups[one.group]["lr"]) for one in pieces]
-    return {clip: rules.clip_scale(clip, members) for clip, members in pairs.items()}
+    return {clip: rules.clip_size(clip, members) for clip, members in pairs.items()}
 
 
 def _update(

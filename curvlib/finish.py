@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,12 @@ class Finish:
     Finishes come after preconditioning and grafting, since they set what those leave open, such as a norm; and before a
     momentum that averages directions, the clip, decoupled decay and the step size, which act on what is really stepped
     along. Numbers among a subclass's fields may be callables of the step.
+
+    Attributes:
+        elementwise: whether every entry follows from its own entry alone, so that rows of a parameter may be treated apart.
     """
+
+    elementwise: ClassVar[bool] = False
 
     def __call__(
         self, direction: Sequence[Tensor], reference: Sequence[Tensor], parameters: Sequence[Tensor]

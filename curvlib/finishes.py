@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ _SAFETY = 1.01  # so that rounding leaves no singular value above the interval t
 class Sign(Finish):
     """The sign of every entry."""
 
+    elementwise: ClassVar[bool] = True
+
     def __call__(
         self, direction: Sequence[Tensor], reference: Sequence[Tensor], parameters: Sequence[Tensor]
     ) -> Sequence[Tensor]:
@@ -52,6 +54,7 @@ class ClipEntries(Finish):
         scale: what directions are multiplied by first.
     """
 
+    elementwise: ClassVar[bool] = True
     limit: Number = 1.0
     scale: Number = 1.0
 

@@ -29,6 +29,11 @@ class NonFiniteGradient(FloatingPointError):
         )
 
 
+def raises(mode: str, device: torch.device) -> bool:
+    """Whether non-finite gradients on a device are an error in this mode, instead of a masked step."""
+    return mode == "raise" or (mode == "auto" and device.type == "cpu")
+
+
 def check_finite(named: Sequence[tuple[str, Tensor, bool]], mode: str, masked: dict[str, Tensor]) -> Tensor | None:
     """Report non-finite gradients by name, or return the gate that masks this step on the device.
 
@@ -45,7 +50,7 @@ def check_finite(named: Sequence[tuple[str, Tensor, bool]], mode: str, masked: d
     if not named:
         return None
     gradients = [gradient for _, gradient, _ in named]
-    if mode == "raise" or (mode == "auto" and gradients[0].device.type == "cpu"):
+    if raises(mode, gradients[0].device):
         # A finite Euclidean norm is the quickest proof; only a square that overflows needs a second look.
         small = _finite(gradients, 2)
         if not small.all():

@@ -84,12 +84,14 @@ class Reading:
         name: its dotted name.
         tap: how it is read.
         sources: its axes of δ and of the input, in the names of the parameter's slot.
+        bias: its own, if any.
     """
 
     module: nn.Module
     name: str
     tap: Tap
     sources: tuple[tuple[str, ...], ...]
+    bias: Tensor | None = None
 
 
 def split_axes(axes: str, shape: Iterable[int], known: Mapping[str, int] | None = None) -> Sizes:
@@ -214,7 +216,7 @@ def survey(model: nn.Module) -> tuple[dict[Tensor, Slot], dict[Tensor, list[Read
             assert kind.tap is not None
             if mine != first.sources:
                 slots[parameter] = replace(first, crossed=f"{name} and {first.name} are tied along different axes")
-            readings.setdefault(parameter, []).append(Reading(module, module_name, kind.tap, mine))
+            readings.setdefault(parameter, []).append(Reading(module, module_name, kind.tap, mine, own.get("bias")))
     return slots, readings
 
 
@@ -296,6 +298,11 @@ class Operand:
     def named(self, sources: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
         """The axes of signals in the names of this operand."""
         return tuple(tuple(new for axis in axes for new in self.renamed.get(axis, (axis,))) for axes in sources)
+
+    @property
+    def lead(self) -> Tensor:
+        """The first of them."""
+        return self.parameters[0]
 
     @property
     def outputs(self) -> tuple[str, ...]:

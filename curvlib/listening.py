@@ -8,13 +8,11 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import engine
 from .blocks import Means, Sums
 from .checks import check_choice, check_number
-from .distributed import Exchange
 from .ears import TapError, TapWarning
 from .health import warn
 from .labels import LIKELIHOODS, Likelihood, seeds
@@ -23,13 +21,14 @@ from .layerwise import scale_steps
 from .models import Layerwise, Model, Quadratic
 from .passes import Passes
 from .quadratic import Minimum, adapted, minimise
+from .ranks import Ranks
 from .recipe import Recipe
 from .routing import Table
 from .taps import Taps
 from .units import Unit
 
 
-class Listening:
+class Listening(Ranks):
     """The part of an optimizer that hears layers, by its taps."""
 
     param_groups: list[dict[str, Any]]
@@ -44,13 +43,6 @@ class Listening:
     _taps: Taps
     _told: frozenset[str]
     _passes: Passes
-    _exchange: Exchange | None
-
-    def _all_units(self) -> list[Unit]:
-        raise NotImplementedError
-
-    def _recipes(self) -> dict[Unit, Recipe]:
-        raise NotImplementedError
 
     def _listen(self, tables: Sequence[Table]) -> None:
         recipes = {unit: tables[unit.groups[0]][unit.route].recipe for unit in self._units or ()}
@@ -103,35 +95,16 @@ class Listening:
             )
         return means if self._exchange is None else self._shared(means, heard)
 
-    def _shared(self, means: Mapping[Unit, Means], heard: Mapping[Unit, Sums]) -> dict[Unit, Means]:
-        """Means over the examples of all ranks."""
-        assert self._exchange is not None
-        places = [(unit, name) for unit, one in means.items() for name in one]
-        local = []
-        for unit, name in places:
-            value, factor = means[unit][name]
-            sums = heard[unit]
-            local.append((value * factor, sums.places if name in sums.of_input else sums.examples))
-        shared: dict[Unit, dict[str, tuple[Tensor, float]]] = {unit: {} for unit in means}
-        for (unit, name), value in zip(places, self._exchange.mean(local), strict=True):
-            shared[unit][name] = (value, 1.0)
-        return {unit: one for unit, one in shared.items()}
+    def _only_prepares(self, active: Sequence[Unit]) -> bool:
+        """Whether a step of size zero along no gradient, of which nothing was heard, only creates the state.
 
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that train together: statistics are means over all of them, and refreshes are shared out.
-
-        Given a DistributedDataParallel it is that model's; else ``None`` until it is set. See :mod:`curvlib.distributed`.
+        Distributed checkpoints of torch take such a step to find out what an optimizer keeps.
         """
-        return None if self._exchange is None else self._exchange.group
-
-    @process_group.setter
-    def process_group(self, group: dist.ProcessGroup | None) -> None:
-        self._exchange = None if group is None else Exchange(group)
-
-    def traffic(self) -> dict[str, int]:
-        """Bytes of this rank's share in all collectives so far: ``"statistics"`` and ``"roots"``."""
-        return {} if self._exchange is None else dict(self._exchange.sent)
+        recipes = [self._recipes()[unit] for unit in active]
+        asks = any(one.moment.listens or one.moment.extra or one.rule.model for one in recipes)
+        if not (asks and self._taps.silent and all(float(group["lr"]) == 0 for group in self.param_groups)):
+            return False
+        return not any(one.grad is not None and one.grad.any() for one in self._parameters())
 
     def _expect(self) -> None:
         """Tell the taps whose statistics are due at the next step."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import engine, roots
+from . import engine
 from .blocks import Means
 from .checks import check_group, resolve
 from .distributed import Exchange
@@ -22,12 +22,12 @@ from .passes import Passes
 from .precision import full_precision
 from .recipe import Recipe
 from .routing import Route, Table, as_table
-from .storage import COUNTERS, Storage, check_record, structural
+from .saving import Saving
+from .storage import Storage, structural
 from .taps import Taps
 from .units import Unit, build_units
 
 Tables = Callable[..., Table]
-_OWN = ("_recipe", "_settings", "_schedules", "_steps", "_slots", "_masked", "_told")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Tables:
     step: int | None
 
 
-class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
+class CurvatureOptimizer(Listening, Inspection, Saving):
     """A routing table of recipes as a torch optimizer.
 
     Args:
@@ -107,6 +107,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self._told: frozenset[str] = frozenset()
         self._passes = Passes()
         self._exchange: Exchange | None = None
+        self._shards = None
         self.batch_size: int | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
         self.seed = 0
@@ -188,7 +189,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     def _all_units(self) -> list[Unit]:
         tables = self._tables()
         if self._units is None:
-            self._units = build_units(self.param_groups, self._slots, tables)
+            units = build_units(self.param_groups, self._slots, tables)
+            self._units = self._placed(units, self._resolve(units, tables))
             self._listen(tables)
         return self._units
 
@@ -213,25 +215,35 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
                 loss = closure()
         self._schedule()
         overflow = getattr(self, "found_inf", None)
+        if overflow is not None and self._shards is not None:
+            overflow = 1 - self._shards.agree(overflow == 0).to(overflow)
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._masked["the scaled gradients"] = self._masked.get("the scaled gradients", torch.tensor(0)) + 1
             self._taps.settle()
             self._passes = Passes()
             return loss
         self._mute()
-        active = [unit for unit in self._all_units() if unit.active()]
+        active, here = self._active()
+        if self._only_prepares(active):
+            self._bind(here)
+            if self._shards is not None:
+                self._shards.count(active, self.state, 0)
+            return loss
         settings = [self._group_settings(group) for group in self.param_groups]
         heard, given = self._heard(active, settings), self._given(active, settings)
-        gate = self._check_gradients(active, heard, given)
+        gate = self._check_gradients(here, heard, given)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
         follows = self._follows(active, closure)
-        recipes = self._bind(active)
+        recipes = self._bind(here)
         with full_precision():
-            refresh = roots.refresh if self._exchange is None else self._exchange.refresh
-            finished = engine.directions(self._storage.buckets, recipes, settings, gate, heard, given, refresh)
+            buckets, together = self._storage.buckets, self._together(active)
+            finished = engine.directions(buckets, recipes, settings, gate, heard, given, together)
             found = self._minimise(finished, settings)
             self._move(finished, settings, gate)
+        if self._shards is not None:
+            self._shards.scatter(gradients=not self._steps_itself)
+            self._shards.count(active, self.state, 1)
         if follows and closure is not None:
             self._follow(follows, finished, settings, closure, gate)
         engine.settle(finished)
@@ -277,20 +289,23 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         """Every unit's recipe with this step's numbers; on gradients where its layers can't be heard."""
         units, tables = self._all_units(), self._tables()
         if self._resolved is None or self._resolved[0] is not units or self._resolved[1] is not tables:
-            recipes = {unit: tables[unit.groups[0]][unit.route].recipe for unit in units}
-            silent: dict[Recipe, Recipe] = {}
-            resolved = {
-                unit: silent.setdefault(recipe, recipe.on_gradients) if unit.silent else recipe
-                for unit, recipe in recipes.items()
-            }
-            self._resolved = (units, tables, resolved)
+            self._resolved = (units, tables, self._resolve(units, tables))
         return self._resolved[2]
+
+    @staticmethod
+    def _resolve(units: Sequence[Unit], tables: Sequence[Table]) -> dict[Unit, Recipe]:
+        recipes = {unit: tables[unit.groups[0]][unit.route].recipe for unit in units}
+        silent: dict[Recipe, Recipe] = {}
+        return {
+            unit: silent.setdefault(recipe, recipe.on_gradients) if unit.silent else recipe
+            for unit, recipe in recipes.items()
+        }
 
     def _bind(self, active: Sequence[Unit] = ()) -> dict[Unit, Recipe]:
         """Make sure that what is active, or has a record, has packed state; returns every unit's recipe."""
         recipes = self._recipes()
         wanted = set(active)
-        members = [unit for unit in recipes if unit in wanted or unit.lead in self.state]
+        members = [unit for unit in recipes if not unit.away and (unit in wanted or unit.lead in self.state)]
         if not self._storage.holds(members, self.state):
             self._storage.bind([(unit, recipes[unit]) for unit in members], self.state)
         return recipes
@@ -316,7 +331,9 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         ]
         for extra, found in (given or {}).items():
             named += [(f"the {extra} gradient of {name}", found[p], True) for _, name, p in slots if p in found]
-        return check_finite(named, self.on_nonfinite, self._masked)
+        if self._shards is None:
+            return check_finite(named, self.on_nonfinite, self._masked)
+        return self._shards.finite(partial(check_finite, named, self.on_nonfinite, self._masked), self.on_nonfinite)
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any], closure: Callable[[Any], Tensor]) -> int:
@@ -350,60 +367,14 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
 
     def _warm(self, number: int) -> None:
         self._mute()
-        active = [unit for unit in self._all_units() if unit.active()]
+        active, here = self._active()
         settings = [self._group_settings(group) for group in self.param_groups]
         heard = self._heard(active, settings)
-        gate = self._check_gradients(active, heard)
-        recipes = self._bind(active)
+        gate = self._check_gradients(here, heard)
+        recipes = self._bind(here)
         with full_precision():
             engine.warm(self._storage.buckets, recipes, settings, gate, heard, number)
         self._taps.settle()
-
-    # -- saving ---------------------------------------------------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; statistics keep the dtype in which they were saved.
-
-        Raises:
-            ValueError: for a checkpoint of another recipe or model, naming the parameter; nothing is changed.
-        """
-        loaded: dict[str, Any] = {}
-
-        def check(_: Any, final: dict[str, Any]) -> None:
-            self._check_checkpoint(final)
-            loaded.update(final)
-
-        handle = self.register_load_state_dict_pre_hook(check)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        self._restore(loaded)
-        self._all_units()
-        self._expect()
-
-    def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
-        mine = [parameter for group in self.param_groups for parameter in group["params"]]
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        # Another number of parameters is refused by torch itself, in its own words.
-        records = {one: state_dict["state"].get(number, {}) for one, number in zip(mine, saved, strict=False)}
-        for unit, recipe in self._recipes().items():
-            check_record(unit, recipe, [records.get(one, {}) for one in unit.operand.parameters], "this checkpoint")
-
-    def _restore(self, state_dict: Mapping[str, Any]) -> None:
-        """Undo torch's cast of statistics to the parameters' dtype, fill in newer settings, and bind anew."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for parameter, number in zip(parameters, numbers, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    device = "cpu" if name in COUNTERS else parameter.device
-                    self.state[parameter][name] = value.detach().clone().to(device)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-        self._steps = max((group.setdefault("steps", 0) for group in self.param_groups), default=0)
-        self._forget()
 
     def _forget(self) -> None:
         """Drop everything that can be derived again."""
@@ -411,29 +382,6 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self._units = None
         self._cache = None
         self._resolved = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What torch wraps around an instance (hooks, a scheduler's counting step) stays with that instance.
-        state = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name in _OWN or (not name.startswith("_") and name != "step")
-        }
-        mine = {parameter for group in self.param_groups for parameter in group["params"]}
-        state["_slots"] = {parameter: slot for parameter, slot in self._slots.items() if parameter in mine}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_taps" not in self.__dict__:  # a copy hears nothing until it is attached; torch also comes here to load
-            self._readings, self._taps, self._passes, self._exchange = {}, Taps(), Passes(), None
-        self._forget()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
 
 
 def _is_schedule(value: Any) -> bool:

@@ -123,8 +123,8 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum()
 
 
-def clip_scale(clip: Clip, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], Weight]]) -> Tensor:
-    """The one factor, at most 1, by which all directions of a clip are shrunk; 0-d, on the first tensor's device.
+def clip_size(clip: Clip, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], Weight]]) -> Tensor:
+    """What a clip limits: the squared norm of all directions, or lr² Σ directionᵀ gradient; 0-d, on the first one's device.
 
     Args:
         clip: kind and limit.
@@ -137,6 +137,11 @@ def clip_scale(clip: Clip, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tens
             other = direction if clip.kind == "norm" else gradient.to(direction.dtype)
             size = _inner(direction, other).to(total)
             total = total + (size if clip.kind == "norm" else size * lr**2)
+    return total
+
+
+def clip_scale(clip: Clip, size: Tensor) -> Tensor:
+    """The one factor, at most 1, by which all directions of a clip of this size are shrunk; 0-d."""
     limit = number(clip.limit)
-    ratio = limit / total.sqrt() if clip.kind == "norm" else (limit / total.clamp_min(0)).sqrt()
+    ratio = limit / size.sqrt() if clip.kind == "norm" else (limit / size.clamp_min(0)).sqrt()
     return torch.where(ratio < 1, ratio, torch.ones_like(ratio))

@@ -85,7 +85,7 @@ class Bucket:
         self.workspace = torch.empty((n, *units[0].layout.shape), dtype=dtype, device=device) if self.packed else None
 
     def _own_tensors(self, dtype: torch.dtype, fill: float) -> list[Tensor]:
-        like = [unit.lead.detach() for unit in self.units]
+        like = [unit.operand.lead.detach() for unit in self.units]
         return [torch.full_like(one, fill, dtype=dtype, memory_format=torch.preserve_format) for one in like]
 
     def records(self) -> Iterator[tuple[Tensor, Record]]:
@@ -94,7 +94,7 @@ class Bucket:
             lead: Record = {name: self.counters[row, column] for column, name in enumerate(COUNTERS)}
             for name in (*self.specs, *self.scalars):
                 lead[name] = self.state[name][row]
-            yield from zip(unit.operand.parameters, self._shared(row, unit, lead), strict=True)
+            yield from zip(unit.parameters, self._shared(row, unit, lead), strict=True)
 
     def _shared(self, row: int, unit: Unit, lead: Record) -> list[Record]:
         records = [lead, *({"step": self.counters[row, 0]} for _ in unit.operand.parameters[1:])]
@@ -148,7 +148,7 @@ def check_record(unit: Unit, recipe: Recipe, records: Iterable[Mapping[str, Any]
         if not record:
             continue
         sizes = dict.fromkeys(like, parameter.numel())
-        if parameter is unit.lead:
+        if parameter is unit.operand.lead:
             sizes.update({name: math.prod(spec.shape) for name, spec in specs.items()})
             sizes.update(dict.fromkeys(scalars(recipe), 1))
         found = {name: torch.as_tensor(record[name]).numel() for name in record if name not in COUNTERS}
@@ -182,10 +182,11 @@ class Storage:
         """Pack the state of all units anew: from the records where there are any, else as it starts."""
         groups: dict[Structure, list[tuple[Unit, Recipe]]] = defaultdict(list)
         for unit, recipe in units:
-            check_record(unit, recipe, [state.get(one, {}) for one in unit.operand.parameters], "the state held")
+            check_record(unit, recipe, [state.get(one, {}) for one in unit.parameters], "the state held")
             block = block_for(unit.layout, recipe, bool(unit.operand.joined))
             layout = None if block is None or block.elementwise else unit.layout
-            structure = Structure(structural(recipe), layout, unit.operand.joined, unit.lead.dtype, unit.lead.device)
+            lead = unit.operand.lead
+            structure = Structure(structural(recipe), layout, unit.operand.joined, lead.dtype, lead.device)
             groups[structure].append((unit, recipe))
         self.buckets = [
             Bucket([unit for unit, _ in members], members[0][1], structure) for structure, members in groups.items()

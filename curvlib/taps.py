@@ -98,6 +98,11 @@ class Taps:
         """Whether gradients were dropped since something was heard."""
         return self._stale
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing was heard or observed since the last step."""
+        return not self.observed and all(ear.sums is None and not ear.waiting for ear in self.ears.values())
+
     def nbytes(self) -> int:
         """Bytes in which signals are summed up."""
         kept = [sums for ear in self.ears.values() for sums in (ear.sums, ear.spare) if sums is not None]
@@ -220,7 +225,7 @@ class Taps:
         if isinstance(given, Tensor):
             given = given.reshape(*given.shape[:2], *(operand.sizes[axis] for axis in sources[1]))
             if operand.joined:
-                constant = 1.0 if _own_bias(reading.module) is operand.parameters[1] else 0.0
+                constant = 1.0 if reading.bias is ear.unit.parameters[1] else 0.0
                 given = given.flatten(given.ndim - len(operand.joined))
         axes = ear.unit.layout_axes(sources)
         signal = Signal(out, axes[0], given, axes[1] if len(axes) > 1 else (), constant=constant)
@@ -359,11 +364,6 @@ def _weight(name: str, signal: Signal, mask: Tensor | None) -> Tensor | None:
     if t == 1:
         return mask.any(1, keepdim=True)
     raise TapError(f"the mask has {mask.shape[1]} positions, layer {name} has {t}; route it to a gradient's moment")
-
-
-def _own_bias(module: nn.Module) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
 
 
 def _unheard(names: Sequence[str]) -> str:

@@ -23,13 +23,14 @@ class Unit:
     """One operand on its way: its parameters, where they come from, and the recipe that they are routed to.
 
     Attributes:
-        operand: parameters and named axes.
+        operand: named axes, and the tensors to compute on: the parameters, or what stands in for shards of them.
         slots: one for each parameter.
         groups: the number of each parameter's group; the first one's decides the recipe.
         route: the number of the route in that group's table.
         why: the route's conditions, in words.
         layout: the partition, exact for the operand.
         silent: why the recipe's moment of a layer's signals is replaced by the gradient's; empty where it is not.
+        parameters: the optimizer's own, by which records, gradients and readings are known; by default the operand's.
     """
 
     operand: Operand
@@ -39,6 +40,10 @@ class Unit:
     why: str
     layout: Layout
     silent: str = ""
+    parameters: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.parameters = self.parameters or self.operand.parameters
 
     def layout_axes(self, sources: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
         """Axes of signals in the names of the layout, where a joined bias has merged the inputs'."""
@@ -47,7 +52,12 @@ class Unit:
     @property
     def lead(self) -> Tensor:
         """The parameter whose record holds the curvature."""
-        return self.operand.parameters[0]
+        return self.parameters[0]
+
+    @property
+    def away(self) -> bool:
+        """Whether another rank computes it."""
+        return self.operand.lead.is_meta and not self.lead.is_meta
 
     @property
     def name(self) -> str:
@@ -56,7 +66,7 @@ class Unit:
 
     def active(self) -> bool:
         """Whether any of its parameters has a gradient."""
-        return any(parameter.grad is not None for parameter in self.operand.parameters)
+        return any(parameter.grad is not None for parameter in self.parameters)
 
 
 def build_units(groups: Groups, slots: Mapping[Tensor, Slot], tables: Sequence[Table]) -> list[Unit]:

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 import curvlib
@@ -165,11 +163,3 @@ def test_a_group_is_taken_from_the_model_and_forgotten_by_copies():
     assert copy.deepcopy(optimizer).process_group is None
     optimizer.process_group = None
     assert optimizer.traffic() == {}
-
-
-@pytest.mark.usefixtures("alone")
-def test_sharded_parameters_are_refused_by_name():
-    mesh = init_device_mesh("cpu", (1,))
-    shard = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
-    with pytest.raises(ValueError, match="parameter weight is a DTensor"):
-        curvlib.Shampoo([("weight", shard)])

@@ -37,6 +37,7 @@ class Spec:
         identity: start as identity matrices times ``fill`` instead.
         of_input: a statistic of a layer's inputs alone, which scales with no gradient.
         order: of the moment: 2 for squares and products of gradients, 1 for gradients.
+        rows: whether, in a structure that is ``rowwise``, it runs along the operand's first axis, instead of being shared.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Spec:
     identity: bool = False
     of_input: bool = False
     order: Literal[1, 2] = 2
+    rows: bool = True
 
     def create(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The initial state of n operands."""
@@ -119,6 +121,9 @@ class Block:
         again: look at the same batch once more at the new parameters, see :meth:`follow`; it needs ``step(closure)``.
         looks: how often it must see the same data until it holds what these say: 2 where one statistic lives in what
             another is solved for.
+        rowwise: whether blocks know nothing of each other (but for a damping relative to the layer), so that the rows of an
+            operand whose first axis numbers blocks may be treated apart.
+        recalls: whether :meth:`collect` reads what was held after the last step, ``sums.held``.
         uses: of the settings that few structures know, those that this one does: ``"window"``, ``"tracking"``.
         damps: what an absolute damping λ is added to: the ``"whole"`` curvature, so that ``apply`` is (curvature + λI)^-p;
             or its ``"factors"``, one by one. It is what :mod:`curvlib.testing` holds a structure to.
@@ -127,6 +132,8 @@ class Block:
     elementwise: ClassVar[bool] = False
     again: ClassVar[bool] = False
     looks: ClassVar[int] = 1
+    rowwise: ClassVar[bool] = False
+    recalls: ClassVar[bool] = False
     uses: ClassVar[frozenset[str]] = frozenset()
     damps: ClassVar[Literal["whole", "factors"]] = "whole"
 

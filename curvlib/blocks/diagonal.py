@@ -7,6 +7,7 @@ the framework's multi-tensor kernels read each tensor where it lies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class DiagonalBlock(Block):
     always fresh, whatever the schedule.
     """
 
-    elementwise = True
+    elementwise: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)

@@ -45,6 +45,7 @@ class EigenbasisBlock(EigenBlock):
     """
 
     looks: ClassVar[int] = 2
+    recalls: ClassVar[bool] = True
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)

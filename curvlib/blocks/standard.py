@@ -28,6 +28,7 @@ class StandardBlock(Block):
     """
 
     damps: ClassVar[Literal["whole", "factors"]] = "factors"
+    rowwise: ClassVar[bool] = True
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)

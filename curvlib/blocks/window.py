@@ -38,6 +38,7 @@ class WindowBlock(Block):
     whatever the schedule of refreshes.
     """
 
+    rowwise: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset({"window"})
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
@@ -60,7 +61,7 @@ class WindowBlock(Block):
     def spec(self) -> dict[str, Spec]:
         """The window ``[blocks, W, f]``, its Gram matrix and the root of that, ``[blocks, W, W]``, and weights ``[W]``."""
         w = self._length
-        specs = {"weight": Spec((w,)), "place": Spec((1,), dtype=torch.int64)}
+        specs = {"weight": Spec((w,), rows=False), "place": Spec((1,), dtype=torch.int64, rows=False)}
         for index, region in enumerate(self.layout.regions):
             blocks = region.blocks
             specs[f"window_{index}"] = Spec((blocks, w, region.factors[0].size))

@@ -1,0 +1,90 @@
+"""How an optimizer works with other ranks: means over them, shared refreshes, shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from . import roots
+from .blocks import Means, Sums
+from .distributed import Exchange
+from .engine import Together
+from .recipe import Recipe
+from .units import Unit
+
+if TYPE_CHECKING:
+    from .sharding import Shards
+
+
+class Ranks:
+    """The part of an optimizer that knows of other ranks."""
+
+    param_groups: list[dict[str, Any]]
+    _exchange: Exchange | None
+    _shards: Shards | None
+
+    def _all_units(self) -> list[Unit]:
+        raise NotImplementedError
+
+    def _recipes(self) -> dict[Unit, Recipe]:
+        raise NotImplementedError
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that train together: statistics are means over all of them, and refreshes are shared out.
+
+        Given a DistributedDataParallel, or sharded parameters, it is theirs; else ``None`` until it is set. See
+        :mod:`curvlib.distributed` and :mod:`curvlib.sharding`.
+        """
+        return None if self._exchange is None else self._exchange.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._exchange = None if group is None else Exchange(group)
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes of this rank's share in all collectives so far: ``"statistics"``, ``"roots"`` and ``"shards"``."""
+        sent = {} if self._exchange is None else dict(self._exchange.sent)
+        return sent if self._shards is None else {**sent, "shards": self._shards.sent}
+
+    def _placed(self, units: list[Unit], recipes: Mapping[Unit, Recipe]) -> list[Unit]:
+        """The units, those of sharded parameters where they are computed."""
+        if not any(hasattr(parameter, "placements") for unit in units for parameter in unit.parameters):
+            return units
+        if self._shards is None:
+            from .sharding import Shards  # as long as all of the rest to import, and rarely needed
+
+            self._shards = Shards(units)
+            self.process_group = self._shards.everyone
+        return self._shards.place(units, recipes)
+
+    def _active(self) -> tuple[list[Unit], list[Unit]]:
+        """The units that have a gradient, and those of them that are computed here; their gradients are here then."""
+        active = [unit for unit in self._all_units() if unit.active()]
+        if self._shards is not None:
+            self._shards.gather()
+        return active, [unit for unit in active if not unit.away]
+
+    def _together(self, active: Sequence[Unit]) -> Together:
+        """What other ranks have a share in."""
+        if self._shards is not None:
+            clips = dict.fromkeys(self._recipes()[unit].rule.clip for unit in active)
+            return Together(roots.refresh, self._shards.total([clip for clip in clips if clip is not None]))
+        return Together(roots.refresh if self._exchange is None else self._exchange.refresh)
+
+    def _shared(self, means: Mapping[Unit, Means], heard: Mapping[Unit, Sums]) -> dict[Unit, Means]:
+        """Means over the examples of all ranks."""
+        assert self._exchange is not None
+        places = [(unit, name) for unit, one in means.items() for name in one]
+        local = []
+        for unit, name in places:
+            value, factor = means[unit][name]
+            sums = heard[unit]
+            local.append((value * factor, sums.places if name in sums.of_input else sums.examples))
+        shared: dict[Unit, dict[str, tuple[Tensor, float]]] = {unit: {} for unit in means}
+        for (unit, name), value in zip(places, self._exchange.mean(local), strict=True):
+            shared[unit][name] = (value, 1.0)
+        return {unit: one for unit, one in shared.items()}

@@ -1,0 +1,131 @@
+"""How an optimizer is saved: checkpoints, pickles and copies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .distributed import Exchange
+from .layers import Reading, Slot
+from .passes import Passes
+from .recipe import Recipe
+from .storage import COUNTERS, check_record
+from .taps import Taps
+from .units import Unit
+
+if TYPE_CHECKING:
+    from .sharding import Shards
+
+_OWN = ("_recipe", "_settings", "_schedules", "_steps", "_slots", "_masked", "_told")
+
+
+class Saving(torch.optim.Optimizer):
+    """The part of an optimizer that is saved and restored."""
+
+    _steps: int
+    _slots: dict[Tensor, Slot]
+    _readings: dict[Tensor, list[Reading]]
+    _taps: Taps
+    _passes: Passes
+    _exchange: Exchange | None
+    _shards: Shards | None
+
+    def _recipes(self) -> dict[Unit, Recipe]:
+        raise NotImplementedError
+
+    def _all_units(self) -> list[Unit]:
+        raise NotImplementedError
+
+    def _expect(self) -> None:
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; statistics keep the dtype in which they were saved. Of shards on all ranks together.
+
+        Raises:
+            ValueError: for a checkpoint of another recipe or model, naming the parameter; nothing is changed.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Any, final: dict[str, Any]) -> dict[str, Any]:
+            self._check_checkpoint(final)
+            if self._shards is not None:
+                numbers = self._numbers([number for group in final["param_groups"] for number in group["params"]])
+                final = {**final, "state": self._shards.settled(final["state"], numbers)}
+            loaded.update(final)
+            return final
+
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._restore(loaded)
+        self._all_units()
+        self._expect()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds: plain tensors and numbers. Of shards DTensors, made by all ranks together."""
+        packed = super().state_dict()
+        if self._shards is not None:
+            numbers = self._numbers([number for group in packed["param_groups"] for number in group["params"]])
+            packed["state"] = self._shards.shown(packed["state"], numbers)
+        return packed
+
+    def _numbers(self, numbers: Sequence[Any]) -> dict[Tensor, Any]:
+        """Every parameter with what a checkpoint calls it."""
+        mine = [parameter for group in self.param_groups for parameter in group["params"]]
+        return dict(zip(mine, numbers, strict=True))
+
+    def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
+        mine = [parameter for group in self.param_groups for parameter in group["params"]]
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        # Another number of parameters is refused by torch itself, in its own words.
+        records = {one: state_dict["state"].get(number, {}) for one, number in zip(mine, saved, strict=False)}
+        for unit, recipe in self._recipes().items():
+            whole = unit if self._shards is None else self._shards.original(unit)
+            check_record(whole, recipe, [records.get(one, {}) for one in unit.parameters], "this checkpoint")
+
+    def _restore(self, state_dict: Mapping[str, Any]) -> None:
+        """Undo torch's cast of statistics to the parameters' dtype, fill in newer settings, and bind anew."""
+        numbers = self._numbers([number for group in state_dict["param_groups"] for number in group["params"]])
+        for parameter, number in numbers.items():
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    device = "cpu" if name in COUNTERS else parameter.device
+                    self.state[parameter][name] = value.detach().clone().to(device)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._steps = max((group.setdefault("steps", 0) for group in self.param_groups), default=0)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What torch wraps around an instance (hooks, a scheduler's counting step) stays with that instance.
+        state = {
+            name: value
+            for name, value in self.__dict__.items()
+            if name in _OWN or (not name.startswith("_") and name != "step")
+        }
+        mine = {parameter for group in self.param_groups for parameter in group["params"]}
+        state["_slots"] = {parameter: slot for parameter, slot in self._slots.items() if parameter in mine}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_taps" not in self.__dict__:  # a copy hears nothing until it is attached; torch also comes here to load
+            self._readings, self._taps, self._passes, self._exchange, self._shards = {}, Taps(), Passes(), None, None
+        self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saving:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
