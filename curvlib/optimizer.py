@@ -199,7 +199,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: re-evaluates the model under grad and returns the loss; what its last call says is what counts.
+            closure: evaluates the model under grad and returns the loss; what layers say in it adds to what they said before, as
+                gradients do, unless it drops these.
 
         Raises:
             NonFiniteGradient: by parameter name, before anything changes (see ``on_nonfinite``).
@@ -208,7 +209,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
-            self._taps.zeroed()
+            self._taps.doubt()
             with torch.enable_grad():
                 loss = closure()
         self._schedule()
@@ -268,10 +269,14 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         return {**chosen, "reduction_factor": reduction, "signal_factor": signal, "loss_factor": float(factor)}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients; what layers say from now on replaces what they said before."""
+        """Drop the gradients; what layers say from now on replaces what they said before.
+
+        What was observed of a forward pass stays, if its backward pass is still to come.
+        """
         super().zero_grad(set_to_none)
         self._taps.zeroed()
-        self._passes = Passes()
+        if not self._taps.awaited:
+            self._passes = Passes()
 
     def _recipes(self) -> dict[Unit, Recipe]:
         """Every unit's recipe with this step's numbers; on gradients where its layers can't be heard."""
