@@ -199,8 +199,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: evaluates the model under grad and returns the loss; what layers say in it adds to what they said before, as
-                gradients do, unless it drops these.
+            closure: evaluates the model under grad and returns the loss; what layers say in it adds to what they said
+                before, as gradients do, unless it drops these.
 
         Raises:
             NonFiniteGradient: by parameter name, before anything changes (see ``on_nonfinite``).
