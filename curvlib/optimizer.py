@@ -217,7 +217,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._masked["the scaled gradients"] = self._masked.get("the scaled gradients", torch.tensor(0)) + 1
             self._taps.settle()
-            self._passes = Passes()
+            self._passes.clear()
             return loss
         self._mute()
         active = [unit for unit in self._all_units() if unit.active()]
@@ -238,7 +238,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         engine.settle(finished)
         self._adapt(found, loss, closure)
         self._taps.settle()
-        self._passes = Passes()
+        self._passes.clear()
         self._steps += 1
         for group in self.param_groups:
             group["steps"] = self._steps
@@ -276,7 +276,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._taps.zeroed()
         if not self._taps.awaited:
-            self._passes = Passes()
+            self._passes.clear()
 
     def _recipes(self) -> dict[Unit, Recipe]:
         """Every unit's recipe with this step's numbers; on gradients where its layers can't be heard."""
