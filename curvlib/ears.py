@@ -62,6 +62,11 @@ class Ear:
         """Whether any of its parameters wants a gradient."""
         return any(parameter.requires_grad for parameter in self.unit.parameters)
 
+    def graded(self) -> bool:
+        """Whether any of its parameters holds a gradient other than zero."""
+        gradients = [parameter.grad for parameter in self.unit.parameters]
+        return any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+
     def empty(self) -> Sums:
         """Sums of nothing, where those of the last step were."""
         lead, sums = self.unit.lead, self.spare

@@ -139,22 +139,42 @@ def group_axes(axes: str, shape: Sequence[int]) -> list[list[str]]:
 _KINDS: dict[type, Callable[[Any], LayerKind]] = {}
 
 
-def register_layer(module: type[nn.Module], kind: LayerKind | Callable[[Any], LayerKind]) -> None:
+def register_layer(module: type[nn.Module], kind: LayerKind | type[nn.Module] | Callable[[Any], LayerKind]) -> None:
     """Teach the library a layer kind; subclasses inherit it, and a later registration wins.
+
+    A subclass with a forward of its own inherits its axes, but is not listened to: it may compute something else.
 
     Args:
         module: the module class.
-        kind: its kind, or a function of the module where axes depend on the instance.
+        kind: its kind, a known class that computes the same, or a function of the module where axes depend on the instance.
+
+    Raises:
+        ValueError: for a class that is not known.
     """
-    _KINDS[module] = kind if callable(kind) else lambda _: kind
+    if isinstance(kind, type):
+        known = _registered(kind)
+        if known is None:
+            raise ValueError(f"kind must be a registered class, got {kind.__name__}")
+        _KINDS[module] = _KINDS[known]
+    else:
+        _KINDS[module] = kind if callable(kind) else lambda _: kind
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The registered kind of a module, by its class or the nearest base class."""
-    for base in type(module).__mro__:
-        if base in _KINDS:
-            return _KINDS[base](module)
-    return None
+    known = _registered(type(module))
+    return None if known is None else _KINDS[known](module)
+
+
+def _registered(kind: type) -> type | None:
+    return next((base for base in kind.__mro__ if base in _KINDS), None)
+
+
+def _computes_as_registered(kind: type) -> bool:
+    """Whether the forward of a class is that of the class by which it is known, or torch's."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    known = _registered(kind)
+    return owner.__module__.startswith("torch.nn.") or (known is not None and issubclass(known, owner))
 
 
 def _conv(module: Any) -> LayerKind:
@@ -232,6 +252,8 @@ def _heard(
         return "attention applies this projection without calling its layer", sizes, ()
     if kind.tap is None:
         return f"no tap is registered for {type(module).__name__}", sizes, ()
+    if not _computes_as_registered(type(module)):
+        return f"{type(module).__name__} has a forward of its own; say with register_layer what it computes", sizes, ()
     reason = kind.tap.available(module)
     if reason:
         return reason, sizes, ()

@@ -157,6 +157,9 @@ class Listening(Ranks):
             self._observe_outputs(outputs, likelihood, mask, generator, scale)
         if loss is not None:
             self._observe_loss(loss, generator)
+        observed = loss if outputs is None else outputs
+        assert observed is not None
+        self._taps.wait(observed)
 
     def _observe_outputs(
         self,

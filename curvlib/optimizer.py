@@ -201,7 +201,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         """Take one step.
 
         Args:
-            closure: re-evaluates the model under grad and returns the loss; what its last call says is what counts.
+            closure: evaluates the model under grad and returns the loss; what layers say in it adds to what they said
+                before, as gradients do, unless it drops these.
 
         Raises:
             NonFiniteGradient: by parameter name, before anything changes (see ``on_nonfinite``).
@@ -210,7 +211,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         """
         loss = None
         if closure is not None:
-            self._taps.zeroed()
+            self._taps.doubt()
             with torch.enable_grad():
                 loss = closure()
         self._schedule()
@@ -220,7 +221,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._masked["the scaled gradients"] = self._masked.get("the scaled gradients", torch.tensor(0)) + 1
             self._taps.settle()
-            self._passes = Passes()
+            self._passes.clear()
             return loss
         self._mute()
         active, here = self._active()
@@ -249,7 +250,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         engine.settle(finished)
         self._adapt(found, loss, closure)
         self._taps.settle()
-        self._passes = Passes()
+        self._passes.clear()
         self._steps += 1
         for group in self.param_groups:
             group["steps"] = self._steps
@@ -280,10 +281,14 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         return {**chosen, "reduction_factor": reduction, "signal_factor": signal, "loss_factor": float(factor)}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients; what layers say from now on replaces what they said before."""
+        """Drop the gradients; what layers say from now on replaces what they said before.
+
+        What was observed of a forward pass stays, if its backward pass is still to come.
+        """
         super().zero_grad(set_to_none)
         self._taps.zeroed()
-        self._passes = Passes()
+        if not self._taps.awaited:
+            self._passes.clear()
 
     def _recipes(self) -> dict[Unit, Recipe]:
         """Every unit's recipe with this step's numbers; on gradients where its layers can't be heard."""

@@ -78,6 +78,11 @@ class Passes:
     probes: int = 0
     slopes: list[Slopes] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Forget everything, in place: wrappers of an optimizer keep what they were given."""
+        self.drawn, self.outputs, self.probed, self.slopes = {}, [], {}, []
+        self.examples = self.probes = 0
+
     def draw(
         self,
         outputs: Tensor,

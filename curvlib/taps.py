@@ -52,7 +52,10 @@ class Taps:
         self._labels = "data"  # whose gradients are coming
         self._paused = False
         self.repeating = False  # whether this is the second pass of a step
-        self._stale = False
+        self._stale = False  # whether gradients were dropped since training's backward passes were heard
+        self._outdated = False  # the same of what was observed
+        self._doubted = False  # whether a closure may have dropped gradients behind our back
+        self.awaited = False  # whether the backward pass of what was observed last is still to come
         self.observed = 0  # how often since the last step
         self.shared: dict[Tensor, str] = {}  # leads whose layers see no single examples, and why
         self.count_always = False
@@ -92,11 +95,6 @@ class Taps:
     def pausing(self) -> bool:
         """Whether nothing is heard now."""
         return self._paused
-
-    @property
-    def stale(self) -> bool:
-        """Whether gradients were dropped since something was heard."""
-        return self._stale
 
     @property
     def silent(self) -> bool:
@@ -185,9 +183,8 @@ class Taps:
             self._count(number, delta.shape[0] if told is None else told.examples, "")
 
     def _begin(self, number: int) -> None:
-        """What comes after ``zero_grad`` replaces what came before."""
-        if self._stale:
-            self.forget()
+        """A backward pass begins."""
+        self._renew()
         # A unit whose earlier pass is over will hear no more of it.
         for ear in self.ears.values():
             if ear.waiting and number not in ear.waiting:
@@ -280,8 +277,7 @@ class Taps:
         Raises:
             TapError: where the layers are not in the graph of the outputs.
         """
-        if self._stale:
-            self.forget()
+        self._renew()
         ears = [ear for ear in self.ears.values() if ear.due and ear.recipe.moment.labels == labels]
         edges = self._edges
         if not edges or not outputs.requires_grad:
@@ -307,21 +303,51 @@ class Taps:
                 self._edges = []
         self.observed += 1
 
+    def wait(self, value: Tensor) -> None:
+        """Something was observed that counts with the gradient of this tensor, which is to come."""
+        self.awaited, taps = True, weakref.ref(self)
+
+        def arrived(_: Tensor) -> None:
+            mine = taps()
+            if mine is not None and not mine._paused:
+                mine.awaited = False
+
+        if value.requires_grad:
+            value.register_hook(arrived)
+
     def zeroed(self) -> None:
-        """Gradients were dropped: what was heard goes when something new comes."""
+        """Gradients were dropped: what was heard goes when something new comes, but for what waits for its gradient."""
         self._stale = self._stale or not self._paused
+        self._outdated = self._outdated or not (self._paused or self.awaited)
+
+    def doubt(self) -> None:
+        """A closure is about to be evaluated, which may drop gradients without saying so."""
+        self._doubted = any(ear.sums is not None or ear.waiting for ear in self.ears.values())
+
+    def _renew(self) -> None:
+        """What comes after gradients were dropped replaces what came before."""
+        if self._doubted and not any(ear.graded() for ear in self.ears.values()):
+            self.zeroed()
+        self._doubted = False
+        if self._stale or self._outdated:
+            self.forget()
 
     def forget(self) -> None:
-        """Drop what was heard since the last step; calls whose backward pass is to come are still heard."""
+        """Drop what belongs to dropped gradients; calls whose backward pass is to come are still heard."""
         for ear in self.ears.values():
-            ear.drop()
-        self._batches = {}
-        self.examples = 0.0
-        self.observed, self._stale = 0, False
+            if self._stale if ear.recipe.moment.labels == "data" else self._outdated:
+                ear.drop()
+        if self._stale:
+            self._batches, self.examples = {}, 0.0
+        if self._outdated:
+            self.observed = 0
+        self._stale = self._outdated = False
 
     def settle(self) -> None:
         """A step is over: drop everything."""
+        self._stale = self._outdated = True
         self.forget()
+        self.awaited = self._doubted = False
         self._edges, self._declared = [], {}
         for ear in self.ears.values():
             ear.calls = 0

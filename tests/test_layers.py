@@ -130,3 +130,43 @@ def test_a_layer_means_the_same_with_and_without_its_module():
             layer.weight.grad = gradient.clone()
             optimizer.step()
     assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_a_subclass_is_heard_where_it_computes_what_its_base_does():
+    class Same(nn.Linear):
+        pass
+
+    class Timed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    register_layer(Timed, nn.Linear)
+    for kind in (Same, Timed):
+        torch.manual_seed(0)
+        plain, other = nn.Linear(3, 2), kind(3, 2)
+        other.load_state_dict(plain.state_dict())
+        held = []
+        for model in (plain, other):
+            optimizer = curvlib.KFAC(model)
+            model(torch.randn(5, 3, generator=torch.Generator().manual_seed(0))).square().mean().backward()
+            optimizer.step()
+            held.append(optimizer.curvature(model))
+        assert torch.equal(*held)
+    with pytest.raises(ValueError, match=r"kind must be a registered class, got ReLU"):
+        register_layer(Timed, nn.ReLU)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_not_misunderstood():
+    model = nn.Sequential(Doubled(3, 4), nn.Linear(4, 2))
+    with pytest.warns(
+        curvlib.TapWarning, match=r"0\.weight: Doubled has a forward of its own; say with register_layer"
+    ):
+        optimizer = curvlib.KFAC(model)
+    assert "Doubled has a forward of its own" in optimizer.routing()["0.weight"]
+    assert "on the batch gradient" not in optimizer.routing()["1.weight"]
+    assert optimizer.routing()["0.bias"] == "joined to 0.weight"

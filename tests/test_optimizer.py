@@ -437,3 +437,25 @@ def test_attach_and_detach_change_what_is_known():
     assert "joined" not in str(optimizer.routing())
     with pytest.raises(ValueError, match="holds none of this optimizer's parameters"):
         optimizer.attach(network())
+
+
+def test_a_wrapper_that_reads_through_and_keeps_what_is_written_may_observe():
+    """As Lightning's, whose methods run with the wrapper as self."""
+
+    class Wrapper(curvlib.TNT):
+        def __init__(self, wrapped):
+            self.wrapped = wrapped
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["wrapped"], name)
+
+    model = nn.Linear(3, 2)
+    optimizer = curvlib.TNT(model)
+    wrapper = Wrapper(optimizer)
+    for _ in range(2):
+        wrapper.zero_grad()
+        outputs = model(torch.randn(4, 3))
+        wrapper.observe(outputs, "categorical")
+        outputs.logsumexp(1).mean().backward()
+        optimizer.step()
+    assert optimizer.state[model.weight]["updates"] == 2

@@ -143,6 +143,87 @@ def test_of_closures_that_are_evaluated_twice_the_last_one_counts(of):
 
 
 @BOTH
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_closure_may_drop_gradients_by_the_model(of, set_to_none):
+    model = Net()
+    optimizer = CurvatureOptimizer(model, kronecker(of), lr=0.0)
+    x, y = batch()
+
+    def closure():
+        model.zero_grad(set_to_none)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    closure()
+    optimizer.step(closure)
+    assert_same(optimizer, run(Net(), of))
+
+
+@BOTH
+@pytest.mark.parametrize("labels", ["data", "exact"])
+def test_a_closure_that_keeps_gradients_keeps_what_was_heard(of, labels):
+    model = Net()
+    optimizer = CurvatureOptimizer(model, kronecker(of, labels=labels), lr=0.0)
+    x, y = batch(12)
+
+    def closure(place):
+        logits = model(x[place])
+        optimizer.observe(logits, "categorical")
+        loss = F.cross_entropy(logits, y[place]) / 3
+        loss.backward()
+        return loss
+
+    closure(slice(0, 4))
+    closure(slice(4, 8))
+    optimizer.step(lambda: closure(slice(8, 12)))
+    assert_same(optimizer, run(Net(), of, (x, y), observe=True, labels=labels))
+
+
+@BOTH
+@pytest.mark.parametrize("labels", ["data", "sampled", "exact"])
+def test_gradients_may_be_dropped_between_observing_and_backward(of, labels):
+    def drop(optimizer, _):
+        optimizer.zero_grad()
+
+    held = [run(Net(), of, observe=True, labels=labels, steps=2, before=one) for one in (drop, None)]
+    assert_same(*held)
+
+
+@BOTH
+def test_what_was_observed_goes_with_its_gradients(of):
+    model = Net()
+    optimizer = CurvatureOptimizer(model, kronecker(of, labels="exact"), lr=0.0)
+    for seed in (5, 1):
+        x, y = batch(seed=seed)
+        optimizer.zero_grad()
+        logits = model(x)
+        optimizer.observe(logits, "categorical")
+        F.cross_entropy(logits, y).backward()
+    optimizer.step()
+    assert_same(optimizer, run(Net(), of, observe=True, labels="exact"))
+
+
+@pytest.mark.parametrize("kind", [curvlib.AdaHessian, curvlib.TNT, curvlib.LayerwiseAdamW])
+def test_gradients_may_be_dropped_between_further_passes_and_backward(kind):
+    models = [Net(), Net()]
+    for model, late in zip(models, (True, False), strict=True):
+        optimizer = kind(model)
+        for _ in range(2):
+            x, y = batch()
+            if not late:
+                optimizer.zero_grad()
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+            optimizer.observe(logits, "categorical", loss=loss)
+            if late:
+                optimizer.zero_grad()
+            loss.backward(retain_graph=optimizer.needs_graph)
+            optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@BOTH
 def test_gradients_dropped_between_forward_and_backward_do_not_matter(of):
     assert_same(run(Net(), of, before=lambda optimizer, _: optimizer.zero_grad()), run(Net(), of))
 

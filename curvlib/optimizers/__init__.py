@@ -1,5 +1,6 @@
 """Named optimizers: each a signature, its equations, its source and a routing table."""
 
+from ..trainers import hf_factory
 from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adahessian import AdaHessian
@@ -58,6 +59,7 @@ __all__ = [
     "Shampoo",
     "SophiaG",
     "SophiaH",
+    "hf_factory",
     "layerwise",
     "table",
 ]

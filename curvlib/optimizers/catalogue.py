@@ -73,11 +73,16 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 def table() -> Catalogue:
     """Partition, moment, root, rule, state and source of every method of :mod:`curvlib.optimizers`."""
+    return Catalogue(tuple(_method(kind) for _, kind in sorted(methods().items())))
+
+
+def methods() -> dict[str, type[CurvatureOptimizer]]:
+    """The classes of :mod:`curvlib.optimizers`, by their names in lower case."""
     from .. import optimizers
 
     kinds = [getattr(optimizers, name) for name in optimizers.__all__]
-    found = [_method(kind) for kind in kinds if isinstance(kind, type) and issubclass(kind, CurvatureOptimizer)]
-    return Catalogue(tuple(sorted(found, key=lambda method: method.name.lower())))
+    named = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, CurvatureOptimizer)]
+    return {kind.__name__.lower(): kind for kind in named}
 
 
 def _method(kind: type[CurvatureOptimizer]) -> Method:
