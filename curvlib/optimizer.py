@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import engine, roots
 from .blocks import Means
-from .checks import check_group, resolve
+from .checks import Flags, check_group, resolve
 from .distributed import Exchange
 from .health import check_finite
 from .inspection import Inspection
@@ -55,6 +55,11 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             or a number by which it is divided, such as that of micro-batches whose mean losses were added up. After this
             every statistic and direction is of the mean loss.
         model: the model whose layers name the parameters' axes, where ``params`` are its parameters.
+        foreach: ``False`` steps parameter by parameter, with smaller temporary tensors and more calls; ``None`` and ``True``
+            batch all that are alike. Roots are solved together in any case.
+        fused: ``None`` or ``False``. Torch's flags may leave open or decline what is not there; asking for it is refused.
+        capturable: ``None`` or ``False``.
+        differentiable: ``None`` or ``False``.
         settings: further group settings, handed to a ``recipe`` that is a function: numbers, or callables of the step,
             of which the group shows the current number.
 
@@ -89,6 +94,10 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         **settings: Any,
     ) -> None:
         if isinstance(params, nn.Module):
@@ -113,7 +122,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         self.on_nonfinite: Literal["auto", "raise", "mask"] = "auto"
         self._forget()
         universal = dict(lr=lr, weight_decay=weight_decay, maximize=maximize, reduction=reduction)
-        super().__init__(params, {**universal, **settings})
+        flags = Flags(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
+        super().__init__(params, {**universal, **flags, **settings})
         if model is not None:
             self.attach(model)
         self._tables()
@@ -292,7 +302,8 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         wanted = set(active)
         members = [unit for unit in recipes if unit in wanted or unit.lead in self.state]
         if not self._storage.holds(members, self.state):
-            self._storage.bind([(unit, recipes[unit]) for unit in members], self.state)
+            alone = {unit for unit in members if self.param_groups[unit.groups[0]]["foreach"] is False}
+            self._storage.bind([(unit, recipes[unit]) for unit in members], self.state, alone)
         return recipes
 
     def _check_gradients(
