@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .blocks import Block, State, Sums
 from .layers import Reading
+from .precision import full_precision
 from .recipe import Recipe
 from .signals import Signal, joined
 from .units import Unit
@@ -82,6 +83,7 @@ class Ear:
             self.spare, self.sums = (self.spare if self.again else self.sums), None
         self.waiting = {}
 
+    @full_precision()
     def take(self, repeated: bool) -> None:
         """Sum up what is waiting, one backward pass after another.
 
