@@ -22,6 +22,7 @@ from .layers import Reading, Slot
 from .layerwise import scale_steps
 from .models import Layerwise, Model, Quadratic
 from .passes import Passes
+from .precision import full_precision
 from .quadratic import Minimum, adapted, minimise
 from .recipe import Recipe
 from .routing import Table
@@ -67,12 +68,12 @@ class Listening:
 
     def _signal_factor(self, reduction: float | Tensor, scale: float | Tensor | None) -> float | Tensor:
         """What the output gradients are divided by, so that they are of the mean loss."""
-        given = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        if scale is None and hasattr(self, "found_inf") and given == 1.0 and self._taps.ears:
+        if scale is None and hasattr(self, "found_inf") and self.loss_scale == 1.0 and self._taps.ears:
             raise TapError(
                 "a GradScaler unscaled the gradients before the step, but not what the layers said: set "
                 "optimizer.loss_scale = scaler.get_scale once"
             )
+        given = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
         return reduction if scale is not None else reduction * given
 
     def _mute(self) -> None:
@@ -370,7 +371,8 @@ class Listening:
         finally:
             for parameter, gradient in zip(self._parameters(), gradients, strict=True):
                 parameter.grad = gradient
-        engine.follow(finished, heard, gate)
+        with full_precision():
+            engine.follow(finished, heard, gate)
 
     def _models(self, needs: str) -> list[Model]:
         """The models by which rules step that rest on a pass of this name."""

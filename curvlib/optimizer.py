@@ -221,13 +221,13 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             self._taps.zeroed()
             with torch.enable_grad():
                 loss = closure()
-        self._schedule()
         overflow = getattr(self, "found_inf", None)
         if overflow is not None and overflow.device.type == "cpu" and bool(overflow):
             self._masked["the scaled gradients"] = self._masked.get("the scaled gradients", torch.tensor(0)) + 1
             self._taps.settle()
             self._passes = Passes()
             return loss
+        self._schedule()
         self._mute()
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
