@@ -97,7 +97,9 @@ class Listening:
             raise TapError(f"a copied or unpickled optimizer hears nothing: call attach(model); {', '.join(deaf[:8])}")
         heard: Mapping[Unit, Sums] = self._taps.heard(active)
         for unit, sums in heard.items():
-            factor = settings[unit.groups[0]]["signal_factor"]
+            group = settings[unit.groups[0]]
+            factor = group["signal_factor"] / sums.scale
+            self._taps.ears[unit.lead].scale = group["signal_factor"] / group["loss_factor"]
             own = recipes[unit].moment.labels == "data"
             means[unit] = sums.means(
                 sums.examples / factor**2 if own else 1 / sums.examples, 1 / factor if own else 1 / sums.examples

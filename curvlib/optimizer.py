@@ -14,7 +14,7 @@ from . import engine, roots
 from .blocks import Means
 from .checks import Flags, check_group, resolve
 from .distributed import Exchange
-from .health import check_finite
+from .health import Named, check_finite
 from .inspection import Inspection
 from .layers import Reading, Slot, survey
 from .listening import Listening, evidence
@@ -232,7 +232,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
         heard, given = self._heard(active, settings), self._given(active, settings)
-        gate = self._check_gradients(active, heard, given)
+        gate = self._check_gradients(active, settings, heard, given)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
         follows = self._follows(active, closure)
@@ -307,26 +307,30 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         return recipes
 
     def _check_gradients(
-        self, active: list[Unit], heard: Mapping[Unit, Means], given: engine.Given | None = None
+        self,
+        active: list[Unit],
+        settings: Sequence[engine.Group],
+        heard: Mapping[Unit, Means],
+        given: engine.Given | None = None,
     ) -> Tensor | None:
         """Report non-finite gradients and signals by name, or return the gate that masks this step."""
         recipes = self._recipes()
         slots = [
-            (unit, slot.name, parameter)
+            (settings[group]["reduction_factor"] if recipes[unit].squares else None, slot.name, parameter)
             for unit in active
-            for slot, parameter in zip(unit.slots, unit.operand.parameters, strict=True)
+            for slot, parameter, group in zip(unit.slots, unit.operand.parameters, unit.groups, strict=True)
         ]
-        named = [(name, p.grad, recipes[unit].squares) for unit, name, p in slots if p.grad is not None]
+        named: list[Named] = [(name, p.grad, divisor) for divisor, name, p in slots if p.grad is not None]
         for name, gradient, _ in named:
             if gradient.layout != torch.strided:
                 raise RuntimeError(f"{name} has a sparse gradient; use sparse=False in its layer")
         named += [
-            (f"the signals of {unit.name}", evidence(value), False)
+            (f"the signals of {unit.name}", evidence(value), None)
             for unit, means in heard.items()
             for value, _ in means.values()
         ]
         for extra, found in (given or {}).items():
-            named += [(f"the {extra} gradient of {name}", found[p], True) for _, name, p in slots if p in found]
+            named += [(f"the {extra} gradient of {name}", found[p], 1.0) for _, name, p in slots if p in found]
         return check_finite(named, self.on_nonfinite, self._masked)
 
     @torch.no_grad()
@@ -364,7 +368,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
         active = [unit for unit in self._all_units() if unit.active()]
         settings = [self._group_settings(group) for group in self.param_groups]
         heard = self._heard(active, settings)
-        gate = self._check_gradients(active, heard)
+        gate = self._check_gradients(active, settings, heard)
         recipes = self._bind(active)
         with full_precision():
             engine.warm(self._storage.buckets, recipes, settings, gate, heard, number)

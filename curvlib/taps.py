@@ -71,7 +71,7 @@ class Taps:
             old = self.ears.get(unit.lead)
             ear = Ear(unit, recipe, block, readings[unit.lead])
             if old is not None and old.unit.layout == unit.layout:
-                ear.sums, ear.ever, ear.calls, ear.due = old.sums, old.ever, old.calls, old.due
+                ear.sums, ear.ever, ear.calls, ear.due, ear.scale = old.sums, old.ever, old.calls, old.due, old.scale
             ears[unit.lead] = ear
             for reading in ear.readings:
                 self._layers.setdefault(reading.module, []).append((ear, reading))

@@ -104,6 +104,26 @@ def test_the_scale_stays_out_of_what_autocast_computes(method, autocast):
                 torch.testing.assert_close(one, two, rtol=0.02, atol=0.02 * float(one.abs().max()))
 
 
+@every_scaled
+@pytest.mark.parametrize("mode", ["raise", "mask"])
+def test_a_scale_may_grow_until_its_square_is_infinite(method, mode):
+    """As it does without float16: nothing overflows that would make a scaler stop."""
+    scaled, plain = (Loop(method, scale, dtype=torch.float32, growth=1) for scale in (2.0**62, 1.0))
+    for number in range(10):
+        for loop in (scaled, plain):
+            loop.optimizer.on_nonfinite = mode
+            loop.step(number)
+    assert scaled.scaler.get_scale() == 2.0**72
+    assert_identical(scaled.state(), plain.state())
+
+
+def test_a_square_that_overflows_by_itself_is_named_under_a_scaler():
+    for method in ("Adam", "KFAC"):
+        loop = Loop(method, 2.0**40, dtype=torch.float32)
+        with pytest.raises(curvlib.NonFiniteGradient, match=r"0\.weight \(its square overflows\)"):
+            loop.step(0, spoil=1e25)
+
+
 # -- overflows --------------------------------------------------------------------------------------------------------
 
 
