@@ -302,6 +302,13 @@ class Taps:
                 self._edges = []
         self.observed += 1
 
+    def wake(self) -> None:
+        """Hear again, where an interrupt kept a pause or a second pass from ending."""
+        self._paused = self.repeating = False
+        self._seed, self._labels = None, "data"
+        for ear in self.ears.values():
+            ear.again = False
+
     def zeroed(self) -> None:
         """Gradients were dropped: what was heard goes when something new comes."""
         self._stale = self._stale or not self._paused
