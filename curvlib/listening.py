@@ -183,6 +183,8 @@ class Listening:
         self._all_units()
         if self._taps.pausing:
             return
+        if self._taps.stale:
+            self._taps.forget()
         if outputs is not None:
             self._observe_outputs(outputs, likelihood, mask, generator, scale)
         if loss is not None:

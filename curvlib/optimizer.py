@@ -69,15 +69,12 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
     Attributes:
         batch_size: examples behind the current gradients, for ``reduction="sum"`` where no layer is listened to.
         loss_scale: what else the loss was multiplied by before backward, a number or a function of nothing that tells it:
-            ``scaler.get_scale`` where a GradScaler's ``unscale_`` is called before the step. Gradients do not have it any
-            more, signals do. A GradScaler without ``unscale_`` tells it by itself.
+            ``scaler.get_scale`` where a GradScaler's ``unscale_`` is called before the step, or a trainer clips gradients.
+            Gradients do not have it any more, signals do. A GradScaler without ``unscale_`` tells it by itself.
         seed: of the labels that :meth:`observe` draws; with the number of the step it decides them, also after a resume.
         on_nonfinite: ``"auto"``: a non-finite gradient raises :class:`NonFiniteGradient` before anything changes on a
             CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere.
     """
-
-    # A GradScaler hands its scale and what overflowed over, instead of deciding on the host whether to step.
-    _step_supports_amp_scaling = True
 
     _storage: Storage
     _units: list[Unit] | None
@@ -217,6 +214,7 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             RuntimeError: for sparse gradients, by parameter name.
         """
         loss = None
+        self._taps.wake()
         if closure is not None:
             self._taps.zeroed()
             with torch.enable_grad():
@@ -253,6 +251,14 @@ class CurvatureOptimizer(Listening, Inspection, torch.optim.Optimizer):
             group["steps"] = self._steps
         self._expect()
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler hands over its scale and what overflowed: where layers are heard and nobody told the scale.
+
+        Otherwise it divides gradients and leaves out steps itself, as trainers that clip or count steps expect.
+        """
+        return bool(self._taps.ears) and self.loss_scale == 1.0
 
     def _move(self, finished: list[engine.Direction], settings: Sequence[engine.Group], gate: Tensor | None) -> None:
         engine.advance(finished, settings, gate)
