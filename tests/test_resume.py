@@ -81,7 +81,7 @@ def cases(draw):
 
 
 @settings(
-    max_examples=int(os.environ.get("RESUMES", "100")),
+    max_examples=int(os.environ.get("RESUMES", "60")),
     deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
