@@ -6,12 +6,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor
 
 Number = float | Callable[[int], float]
 T = TypeVar("T")
+
+
+class Flags(TypedDict, total=False):
+    """Torch's flags, which every method takes, see :class:`~curvlib.optimizer.CurvatureOptimizer`."""
+
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+_REFUSED = {
+    "fused": "there is no fused kernel; the step is batched over parameters as it is",
+    "capturable": "a step decides on the host what is due, which a CUDA graph would not do again",
+    "differentiable": "a step is taken under no_grad",
+}
 
 
 def check_number(name: str, value: Any, *, low: float = 0.0, high: float = math.inf, strict: bool = False) -> None:
@@ -68,6 +84,10 @@ def check_group(group: Mapping[str, Any]) -> None:
         label = name if isinstance(name, str) else f"of shape {list(parameter.shape)}"
         if parameter.is_complex():
             raise ValueError(f"parameter {label} is complex; optimize torch.view_as_real of it instead")
+    for flag in Flags.__annotations__:
+        check_choice(flag, group[flag], (None, False, True))
+        if group[flag] and flag in _REFUSED:
+            raise ValueError(f"{flag}=True is not supported: {_REFUSED[flag]}; leave it out")
     check_number("lr", group["lr"] if not isinstance(group["lr"], Tensor) else group["lr"].item())
     check_number("weight_decay", group["weight_decay"])
     if not isinstance(group["reduction"], str):

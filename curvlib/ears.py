@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .blocks import Block, State, Sums
 from .layers import Reading
+from .precision import full_precision
 from .recipe import Recipe
 from .signals import Signal, joined
 from .units import Unit
@@ -42,6 +43,8 @@ class Ear:
         step: steps that its parameters have taken; it decides which examples thinning leaves.
         held: the state of its curvature after the last step, by name.
         again: whether this is the second pass of a step, which is of first moments alone.
+        scale: what the loss was multiplied by at the last step: gradients of outputs are divided by it before they are
+            squared, since the scale of a GradScaler grows to numbers whose squares are infinite.
     """
 
     unit: Unit
@@ -57,6 +60,7 @@ class Ear:
     step: int = 0
     held: State = field(default_factory=dict)
     again: bool = False
+    scale: float | Tensor = 1.0
 
     def trains(self) -> bool:
         """Whether any of its parameters wants a gradient."""
@@ -72,13 +76,13 @@ class Ear:
         lead, sums = self.unit.lead, self.spare
         dtype = self.recipe.moment.dtype_for(lead.dtype)
         if self.again:
-            return self.block.sums(dtype, lead.device, first=True)
+            return replace(self.block.sums(dtype, lead.device, first=True), scale=self.scale)
         self.spare = None
         if sums is None or any((one.dtype, one.device) != (dtype, lead.device) for one in sums.tensors.values()):
             sums = self.block.sums(dtype, lead.device)
         else:
             sums.renew_()
-        sums.held = self.held
+        sums.held, sums.scale = self.held, self.scale
         return sums
 
     def drop(self) -> None:
@@ -87,6 +91,7 @@ class Ear:
             self.spare, self.sums = (self.spare if self.again else self.sums), None
         self.waiting = {}
 
+    @full_precision()
     def take(self, repeated: bool) -> None:
         """Sum up what is waiting, one backward pass after another.
 
@@ -110,6 +115,8 @@ class Ear:
             if not repeated:
                 sums.examples = sums.examples + _examples(together[0])
             over_positions = moment.of == "signals" and moment.sharing == "expand"
+            if moment.labels == "data" and (isinstance(sums.scale, Tensor) or sums.scale != 1.0):
+                together = [replace(one, delta=one.delta / sums.scale) for one in together]
             together = [one.thinned(moment.subsample, self.step, over_positions) for one in together]
             if repeated:
                 rest = {name: value for name, value in sums.tensors.items() if name not in sums.of_input}

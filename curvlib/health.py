@@ -34,11 +34,15 @@ def raises(mode: str, device: torch.device) -> bool:
     return mode == "raise" or (mode == "auto" and device.type == "cpu")
 
 
-def check_finite(named: Sequence[tuple[str, Tensor, bool]], mode: str, masked: dict[str, Tensor]) -> Tensor | None:
+Named = tuple[str, Tensor, float | Tensor | None]
+"""A name, a tensor, and by what this is divided before it is squared, where it is."""
+
+
+def check_finite(named: Sequence[Named], mode: str, masked: dict[str, Tensor]) -> Tensor | None:
     """Report non-finite gradients by name, or return the gate that masks this step on the device.
 
     Args:
-        named: parameter names, gradients, and whether these are to be squared, so that their squares must be finite, too.
+        named: gradients, and whose they are; where they are to be squared, the squares must be finite, too.
         mode: see :class:`~curvlib.CurvatureOptimizer`, ``on_nonfinite``.
         masked: name -> how many steps it masked, counted on the device.
 
@@ -52,22 +56,21 @@ def check_finite(named: Sequence[tuple[str, Tensor, bool]], mode: str, masked: d
     gradients = [gradient for _, gradient, _ in named]
     if raises(mode, gradients[0].device):
         # A finite Euclidean norm is the quickest proof; only a square that overflows needs a second look.
-        small = _finite(gradients, 2)
-        if not small.all():
-            pairs = zip(small.tolist(), _finite(gradients, torch.inf).tolist(), strict=True)
+        if not _finite(gradients, 2).all():
+            pairs = zip(_fits(named).tolist(), _finite(gradients, torch.inf).tolist(), strict=True)
             bad = [
                 name if not finite else f"{name} (its square overflows)"
-                for (name, _, squared), (fits, finite) in zip(named, pairs, strict=True)
-                if not finite or (squared and not fits)
+                for (name, _, divisor), (fits, finite) in zip(named, pairs, strict=True)
+                if not finite or (divisor is not None and not fits)
             ]
             if bad:
                 raise NonFiniteGradient(bad)
         return None
     flags = []
-    for squared, order in ((True, 2), (False, torch.inf)):
-        names = [name for name, _, own in named if own == squared]
-        finite = _finite([gradient for _, gradient, own in named if own == squared], order)
-        for name, good in zip(names, finite, strict=True):
+    squared = [one for one in named if one[2] is not None]
+    others = [one for one in named if one[2] is None]
+    for some, finite in ((squared, _fits(squared)), (others, _finite([one for _, one, _ in others], torch.inf))):
+        for (name, _, _), good in zip(some, finite, strict=True):
             masked[name] = masked.get(name, 0) + ~good
             flags.append(good)
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
@@ -79,6 +82,21 @@ def _finite(gradients: list[Tensor], order: float) -> Tensor:
         return torch.ones(0, dtype=torch.bool)
     norms = torch._foreach_norm(gradients, order)
     return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite()
+
+
+def _fits(named: Sequence[Named]) -> Tensor:
+    """Whether the squares of each tensor, divided as it will be, add up to a finite number."""
+    gradients = [gradient for _, gradient, _ in named]
+    divisors = [1.0 if divisor is None else divisor for _, _, divisor in named]
+    if all(not isinstance(one, Tensor) and one == 1.0 for one in divisors):
+        return _finite(gradients, 2)
+    flags = []
+    for norm, gradient, divisor in zip(
+        torch._foreach_norm(gradients, 2, torch.float64), gradients, divisors, strict=True
+    ):
+        largest = torch.finfo(torch.promote_types(gradient.dtype, torch.float32)).max ** 0.5
+        flags.append(norm / (divisor.to(norm) if isinstance(divisor, Tensor) else divisor) < largest)
+    return torch.stack([flag.to(flags[0].device) for flag in flags])
 
 
 @dataclass(frozen=True)

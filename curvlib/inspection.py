@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block, State
+from .checks import Flags
 from .health import Health, health_of
+from .precision import full_precision
 from .recipe import Recipe
 from .routing import Table
 from .storage import Storage
 from .taps import Taps
 from .units import Unit
+
+_HIDDEN = ("params", "param_names", "steps", *Flags.__annotations__)
+"""What a group has and ``repr`` does not show."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +49,8 @@ class Held:
 
     def dense(self) -> Tensor:
         """The undamped curvature in the order of the parameters, ``[numel, numel]``."""
-        dense = self.block.dense(self.state, self.recipe, self.scale)[0]
+        with full_precision():
+            dense = self.block.dense(self.state, self.recipe, self.scale)[0]
         order = self.order().to(dense.device)
         return dense[order][:, order]
 
@@ -135,7 +141,8 @@ class Inspection:
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
         for number, (group, table) in enumerate(zip(self.param_groups, self._tables(), strict=True)):
-            shown = {name: value for name, value in group.items() if name not in ("params", "param_names", "steps")}
+            shown = {name: value for name, value in group.items() if name not in _HIDDEN}
+            shown |= {"foreach": False} if group["foreach"] is False else {}
             lines.append(
                 f"  group {number}: {len(group['params'])} parameters, "
                 + ", ".join(f"{k}={v}" for k, v in shown.items())

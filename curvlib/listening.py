@@ -20,6 +20,7 @@ from .layers import Reading, Slot
 from .layerwise import scale_steps
 from .models import Layerwise, Model, Quadratic
 from .passes import Passes
+from .precision import full_precision
 from .quadratic import Minimum, adapted, minimise
 from .ranks import Ranks
 from .recipe import Recipe
@@ -59,12 +60,12 @@ class Listening(Ranks):
 
     def _signal_factor(self, reduction: float | Tensor, scale: float | Tensor | None) -> float | Tensor:
         """What the output gradients are divided by, so that they are of the mean loss."""
-        given = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        if scale is None and hasattr(self, "found_inf") and given == 1.0 and self._taps.ears:
+        if scale is None and hasattr(self, "found_inf") and self.loss_scale == 1.0 and self._taps.ears:
             raise TapError(
                 "a GradScaler unscaled the gradients before the step, but not what the layers said: set "
                 "optimizer.loss_scale = scaler.get_scale once"
             )
+        given = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
         return reduction if scale is not None else reduction * given
 
     def _mute(self) -> None:
@@ -88,7 +89,9 @@ class Listening(Ranks):
             raise TapError(f"a copied or unpickled optimizer hears nothing: call attach(model); {', '.join(deaf[:8])}")
         heard: Mapping[Unit, Sums] = self._taps.heard(active)
         for unit, sums in heard.items():
-            factor = settings[unit.groups[0]]["signal_factor"]
+            group = settings[unit.groups[0]]
+            factor = group["signal_factor"] / sums.scale
+            self._taps.ears[unit.lead].scale = group["signal_factor"] / group["loss_factor"]
             own = recipes[unit].moment.labels == "data"
             means[unit] = sums.means(
                 sums.examples / factor**2 if own else 1 / sums.examples, 1 / factor if own else 1 / sums.examples
@@ -153,6 +156,7 @@ class Listening(Ranks):
         self._all_units()
         if self._taps.pausing:
             return
+        self._taps.renew()
         if outputs is not None:
             self._observe_outputs(outputs, likelihood, mask, generator, scale)
         if loss is not None:
@@ -346,7 +350,8 @@ class Listening(Ranks):
         finally:
             for parameter, gradient in zip(self._parameters(), gradients, strict=True):
                 parameter.grad = gradient
-        engine.follow(finished, heard, gate)
+        with full_precision():
+            engine.follow(finished, heard, gate)
 
     def _models(self, needs: str) -> list[Model]:
         """The models by which rules step that rest on a pass of this name."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from . import engine
 from .blocks import Means
-from .checks import check_group, resolve
+from .checks import Flags, check_group, resolve
 from .distributed import Exchange
-from .health import check_finite
+from .health import Named, check_finite
 from .inspection import Inspection
 from .layers import Reading, Slot, survey
 from .listening import Listening, evidence
@@ -55,6 +55,11 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             or a number by which it is divided, such as that of micro-batches whose mean losses were added up. After this
             every statistic and direction is of the mean loss.
         model: the model whose layers name the parameters' axes, where ``params`` are its parameters.
+        foreach: ``False`` steps parameter by parameter, with smaller temporary tensors and more calls; ``None`` and ``True``
+            batch all that are alike. Roots are solved together in any case.
+        fused: ``None`` or ``False``. Torch's flags may leave open or decline what is not there; asking for it is refused.
+        capturable: ``None`` or ``False``.
+        differentiable: ``None`` or ``False``.
         settings: further group settings, handed to a ``recipe`` that is a function: numbers, or callables of the step,
             of which the group shows the current number.
 
@@ -64,15 +69,12 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
     Attributes:
         batch_size: examples behind the current gradients, for ``reduction="sum"`` where no layer is listened to.
         loss_scale: what else the loss was multiplied by before backward, a number or a function of nothing that tells it:
-            ``scaler.get_scale`` where a GradScaler's ``unscale_`` is called before the step. Gradients do not have it any
-            more, signals do. A GradScaler without ``unscale_`` tells it by itself.
+            ``scaler.get_scale`` where a GradScaler's ``unscale_`` is called before the step, or a trainer clips gradients.
+            Gradients do not have it any more, signals do. A GradScaler without ``unscale_`` tells it by itself.
         seed: of the labels that :meth:`observe` draws; with the number of the step it decides them, also after a resume.
         on_nonfinite: ``"auto"``: a non-finite gradient raises :class:`NonFiniteGradient` before anything changes on a
             CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere.
     """
-
-    # A GradScaler hands its scale and what overflowed over, instead of deciding on the host whether to step.
-    _step_supports_amp_scaling = True
 
     _storage: Storage
     _units: list[Unit] | None
@@ -89,6 +91,10 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         **settings: Any,
     ) -> None:
         if isinstance(params, nn.Module):
@@ -114,7 +120,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         self.on_nonfinite: Literal["auto", "raise", "mask"] = "auto"
         self._forget()
         universal = dict(lr=lr, weight_decay=weight_decay, maximize=maximize, reduction=reduction)
-        super().__init__(params, {**universal, **settings})
+        flags = Flags(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
+        super().__init__(params, {**universal, **flags, **settings})
         if model is not None:
             self.attach(model)
         self._tables()
@@ -210,11 +217,11 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             RuntimeError: for sparse gradients, by parameter name.
         """
         loss = None
+        self._taps.wake()
         if closure is not None:
             self._taps.doubt()
             with torch.enable_grad():
                 loss = closure()
-        self._schedule()
         overflow = getattr(self, "found_inf", None)
         if overflow is not None and self._shards is not None:
             overflow = 1 - self._shards.agree(overflow == 0).to(overflow)
@@ -223,6 +230,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             self._taps.settle()
             self._passes.clear()
             return loss
+        self._schedule()
         self._mute()
         active, here = self._active()
         if self._only_prepares(active):
@@ -232,7 +240,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             return loss
         settings = [self._group_settings(group) for group in self.param_groups]
         heard, given = self._heard(active, settings), self._given(active, settings)
-        gate = self._check_gradients(here, heard, given)
+        gate = self._check_gradients(here, settings, heard, given)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
         follows = self._follows(active, closure)
@@ -256,6 +264,14 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             group["steps"] = self._steps
         self._expect()
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler hands over its scale and what overflowed: where layers are heard and nobody told the scale.
+
+        Otherwise it divides gradients and leaves out steps itself, as trainers that clip or count steps expect.
+        """
+        return bool(self._taps.ears) and self.loss_scale == 1.0
 
     def _move(self, finished: list[engine.Direction], settings: Sequence[engine.Group], gate: Tensor | None) -> None:
         engine.advance(finished, settings, gate)
@@ -312,30 +328,35 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         wanted = set(active)
         members = [unit for unit in recipes if not unit.away and (unit in wanted or unit.lead in self.state)]
         if not self._storage.holds(members, self.state):
-            self._storage.bind([(unit, recipes[unit]) for unit in members], self.state)
+            alone = {unit for unit in members if self.param_groups[unit.groups[0]]["foreach"] is False}
+            self._storage.bind([(unit, recipes[unit]) for unit in members], self.state, alone)
         return recipes
 
     def _check_gradients(
-        self, active: list[Unit], heard: Mapping[Unit, Means], given: engine.Given | None = None
+        self,
+        active: list[Unit],
+        settings: Sequence[engine.Group],
+        heard: Mapping[Unit, Means],
+        given: engine.Given | None = None,
     ) -> Tensor | None:
         """Report non-finite gradients and signals by name, or return the gate that masks this step."""
         recipes = self._recipes()
         slots = [
-            (unit, slot.name, parameter)
+            (settings[group]["reduction_factor"] if recipes[unit].squares else None, slot.name, parameter)
             for unit in active
-            for slot, parameter in zip(unit.slots, unit.operand.parameters, strict=True)
+            for slot, parameter, group in zip(unit.slots, unit.operand.parameters, unit.groups, strict=True)
         ]
-        named = [(name, p.grad, recipes[unit].squares) for unit, name, p in slots if p.grad is not None]
+        named: list[Named] = [(name, p.grad, divisor) for divisor, name, p in slots if p.grad is not None]
         for name, gradient, _ in named:
             if gradient.layout != torch.strided:
                 raise RuntimeError(f"{name} has a sparse gradient; use sparse=False in its layer")
         named += [
-            (f"the signals of {unit.name}", evidence(value), False)
+            (f"the signals of {unit.name}", evidence(value), None)
             for unit, means in heard.items()
             for value, _ in means.values()
         ]
         for extra, found in (given or {}).items():
-            named += [(f"the {extra} gradient of {name}", found[p], True) for _, name, p in slots if p in found]
+            named += [(f"the {extra} gradient of {name}", found[p], 1.0) for _, name, p in slots if p in found]
         if self._shards is None:
             return check_finite(named, self.on_nonfinite, self._masked)
         return self._shards.finite(partial(check_finite, named, self.on_nonfinite, self._masked), self.on_nonfinite)
@@ -375,7 +396,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         active, here = self._active()
         settings = [self._group_settings(group) for group in self.param_groups]
         heard = self._heard(active, settings)
-        gate = self._check_gradients(here, heard)
+        gate = self._check_gradients(here, settings, heard)
         recipes = self._bind(here)
         with full_precision():
             engine.warm(self._storage.buckets, recipes, settings, gate, heard, number)

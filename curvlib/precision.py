@@ -8,19 +8,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+_SWITCHES = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+"""Where torch keeps the precision of float32 products, whichever of its functions set it."""
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Outside autocast, with float32 products in float32."""
-    before = torch.get_float32_matmul_precision()
+    """Outside autocast, with float32 products in float32; afterwards the switches are what they were."""
+    reduced = [(one, one.fp32_precision) for one in _SWITCHES if one.fp32_precision not in ("ieee", "none")]
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        if before != "highest":
-            torch.set_float32_matmul_precision("highest")
+        for switch, _ in reduced:
+            switch.fp32_precision = "ieee"
         try:
             yield
         finally:
-            if before != "highest":
-                torch.set_float32_matmul_precision(before)
+            for switch, precision in reduced:
+                switch.fp32_precision = "none"
+                if switch.fp32_precision != precision:  # else it was inherited from a switch above, and is again
+                    switch.fp32_precision = precision
 
 
 def flush_subnormals_(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,13 +25,18 @@ COUNTERS = ("step", "updates", "warm")
 
 @dataclass(frozen=True)
 class Structure:
-    """What decides the form of a unit's state; units that agree share a bucket, elementwise ones whatever their shapes."""
+    """What decides the form of a unit's state; units that agree share a bucket, elementwise ones whatever their shapes.
+
+    Attributes:
+        alone: a unit that shares its bucket with none.
+    """
 
     recipe: Recipe
     layout: Layout | None
     joined: tuple[str, ...]
     param_dtype: torch.dtype
     device: torch.device
+    alone: Unit | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,15 +183,23 @@ class Storage:
             for parameter, step, device in self._marks
         )
 
-    def bind(self, units: Iterable[tuple[Unit, Recipe]], state: dict[Tensor, Record]) -> None:
-        """Pack the state of all units anew: from the records where there are any, else as it starts."""
+    def bind(
+        self, units: Iterable[tuple[Unit, Recipe]], state: dict[Tensor, Record], alone: Container[Unit] = ()
+    ) -> None:
+        """Pack the state of all units anew: from the records where there are any, else as it starts.
+
+        Args:
+            units: with what they are routed to.
+            state: the records.
+            alone: units that get a bucket of their own.
+        """
         groups: dict[Structure, list[tuple[Unit, Recipe]]] = defaultdict(list)
         for unit, recipe in units:
             check_record(unit, recipe, [state.get(one, {}) for one in unit.parameters], "the state held")
             block = block_for(unit.layout, recipe, bool(unit.operand.joined))
             layout = None if block is None or block.elementwise else unit.layout
-            lead = unit.operand.lead
-            structure = Structure(structural(recipe), layout, unit.operand.joined, lead.dtype, lead.device)
+            single, lead = unit if unit in alone else None, unit.operand.lead
+            structure = Structure(structural(recipe), layout, unit.operand.joined, lead.dtype, lead.device, single)
             groups[structure].append((unit, recipe))
         self.buckets = [
             Bucket([unit for unit, _ in members], members[0][1], structure) for structure, members in groups.items()

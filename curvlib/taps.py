@@ -74,7 +74,7 @@ class Taps:
             old = self.ears.get(unit.lead)
             ear = Ear(unit, recipe, block, readings[unit.lead])
             if old is not None and old.unit.layout == unit.layout:
-                ear.sums, ear.ever, ear.calls, ear.due = old.sums, old.ever, old.calls, old.due
+                ear.sums, ear.ever, ear.calls, ear.due, ear.scale = old.sums, old.ever, old.calls, old.due, old.scale
             ears[unit.lead] = ear
             for reading in ear.readings:
                 self._layers.setdefault(reading.module, []).append((ear, reading))
@@ -184,7 +184,7 @@ class Taps:
 
     def _begin(self, number: int) -> None:
         """A backward pass begins."""
-        self._renew()
+        self.renew()
         # A unit whose earlier pass is over will hear no more of it.
         for ear in self.ears.values():
             if ear.waiting and number not in ear.waiting:
@@ -277,7 +277,7 @@ class Taps:
         Raises:
             TapError: where the layers are not in the graph of the outputs.
         """
-        self._renew()
+        self.renew()
         ears = [ear for ear in self.ears.values() if ear.due and ear.recipe.moment.labels == labels]
         edges = self._edges
         if not edges or not outputs.requires_grad:
@@ -315,6 +315,13 @@ class Taps:
         if value.requires_grad:
             value.register_hook(arrived)
 
+    def wake(self) -> None:
+        """Hear again, where an interrupt kept a pause or a second pass from ending."""
+        self._paused = self.repeating = False
+        self._seed, self._labels = None, "data"
+        for ear in self.ears.values():
+            ear.again = False
+
     def zeroed(self) -> None:
         """Gradients were dropped: what was heard goes when something new comes, but for what waits for its gradient."""
         self._stale = self._stale or not self._paused
@@ -324,7 +331,7 @@ class Taps:
         """A closure is about to be evaluated, which may drop gradients without saying so."""
         self._doubted = any(ear.sums is not None or ear.waiting for ear in self.ears.values())
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """What comes after gradients were dropped replaces what came before."""
         if self._doubted and not any(ear.graded() for ear in self.ears.values()):
             self.zeroed()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import sys
 import warnings
@@ -21,13 +22,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import curvlib
-from curvlib import CurvatureOptimizer, NonFiniteGradient, TapWarning, engine, roots
+from curvlib import CurvatureOptimizer, NonFiniteGradient, TapWarning, roots
 
 METHODS = sorted(
     name
     for name in curvlib.optimizers.__all__
     if isinstance(getattr(curvlib, name, None), type) and issubclass(getattr(curvlib, name), CurvatureOptimizer)
 )
+PACKAGE = str(Path(curvlib.__file__).parent)
 DTYPES = (torch.float64, torch.float32, torch.float32, torch.bfloat16)
 
 
@@ -111,6 +113,15 @@ class Case:
                 if value.is_floating_point() and not name.startswith("residual") and not torch.isfinite(value).all():
                     return False
         return True
+
+    def roots(self) -> dict[str, list[torch.Tensor]]:
+        """The matrices that were solved for, by the places where they are kept."""
+        return {
+            f"{name} of {held.unit.name}": list(torch.stack(list(held.state[name])).flatten(0, -3).clone())
+            for held in self.optimizer.held()
+            for name, spec in held.block.spec().items()
+            if spec.role in ("roots", "inverses", "tracked") and len(spec.shape) >= 2
+        }
 
     def goes_on(self, moves: bool = True) -> str:
         """Three normal steps: what is wrong with them, or nothing."""
@@ -202,30 +213,47 @@ def unplugged(case: Case) -> str:
 
 
 @contextmanager
-def failing(target: object, name: str, error: BaseException, calls: int):
-    """Let a function raise at one of its calls."""
-    real, seen = getattr(target, name), []
+def stopping(at: float):
+    """Ctrl-C at the so many-th line of the package, in hooks as elsewhere; yields the list of lines so far."""
+    seen: list[str] = []
 
-    def once(*arguments, **options):
-        seen.append(1)
-        if len(seen) == calls:
-            raise error
-        return real(*arguments, **options)
+    def trace(frame, event, _):
+        if event == "call":
+            return trace if frame.f_code.co_filename.startswith(PACKAGE) else None
+        if event == "line":
+            seen.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+            if len(seen) == at:
+                raise KeyboardInterrupt
+        return trace
 
-    with mock.patch.object(target, name, once):
-        yield
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield seen
+    finally:
+        sys.settrace(before)
 
 
 def interrupted(case: Case) -> str:
-    """Ctrl-C somewhere inside a step."""
-    place = case.random.choice(
-        [(roots, "solve"), (roots, "copy_flushed_"), (engine, "advance"), (engine, "_update"), (engine, "settle")]
-    )
+    """Ctrl-C at any line of a step: each root is the old one or the new one."""
+    twin = copy.deepcopy(case.__dict__)
+    other = object.__new__(Case)
+    other.__dict__.update(twin)
+    other.optimizer.attach(other.model)
+    before, _ = case.roots(), other.roots()  # asking makes a copy ready, so that both steps have the same lines
+    with stopping(math.inf) as seen:
+        other.step()
     try:
-        with failing(*place, KeyboardInterrupt(), case.random.randint(1, 2)):
+        with stopping(case.random.randint(1, len(seen))):
             case.step()
     except KeyboardInterrupt:
         pass
+    after = other.roots()
+    for name, value in case.roots().items():
+        kept = [torch.equal(*pair) for pair in zip(value, before.get(name, value), strict=True)]
+        made = [torch.equal(*pair) for pair in zip(value, after[name], strict=True)]
+        if not all(old or new for old, new in zip(kept, made, strict=True)):
+            return f"{name} is neither old nor new"
     return "not finite" if not (case.finite() and case.sound()) else case.goes_on()
 
 

@@ -87,3 +87,13 @@ def test_another_error_of_a_solver_is_not_hidden(monkeypatch):
     model.weight.grad = torch.randn(2, 3)
     with pytest.raises(RuntimeError, match="something else"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["KFAC", "KBFGS", "AdaHessian", "LayerwiseSGD"])
+def test_an_interrupt_that_kept_a_pause_from_ending_is_over_at_the_next_step(method):
+    case = campaign.Case(0)
+    case.optimizer = getattr(curvlib, method)(case.model)
+    case.step()
+    case.optimizer.paused().__enter__()
+    case.optimizer._taps.again().__enter__()
+    assert not case.goes_on()

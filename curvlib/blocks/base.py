@@ -69,6 +69,7 @@ class Sums:
         examples: how many examples.
         places: how many input vectors the statistics of inputs sum over.
         held: what the operand's state was after its last step, by name; empty before the first.
+        scale: by what gradients of outputs were divided before they were summed up.
     """
 
     tensors: dict[str, Tensor]
@@ -78,6 +79,7 @@ class Sums:
     examples: float | Tensor = 0.0
     places: float | Tensor = 0.0
     held: State = field(default_factory=dict)
+    scale: float | Tensor = 1.0
 
     def means(self, scale: float | Tensor, first: float | Tensor) -> Means:
         """The statistics, and by what each must be multiplied to be a mean over examples.

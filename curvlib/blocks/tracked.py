@@ -221,15 +221,15 @@ class WhiteningBlock(_Tracked):
         open_ = torch.as_tensor(gain, device=operand.device) > 0
         for index, block in enumerate(self.layout.block(operand)):
             region, places = self.layout.regions[index], self._places[index]
-            qs = [state[f"tracked_{place.name}"].flatten(0, 1) for place in places]
+            stored = [state[f"tracked_{place.name}"].flatten(0, 1) for place in places]
             bounds = [state[f"bound_{place.name}"].flatten() for place in places]
-            self._start(block, qs, bounds, open_)
+            qs, raised = self._started(block, stored, bounds, open_), []
             whitened = block
             for place, q in zip(places, qs, strict=True):
                 pair = [(place, q.square())] if q.ndim == 2 else [(place, q), (place, q)]
                 whitened = self._multiplied(index, whitened, pair)
             entries = whitened[0, 0].numel()
-            for place, q, bound in zip(places, qs, bounds, strict=True):
+            for which, (place, q, bound) in enumerate(zip(places, qs, bounds, strict=True)):
                 t = entries / region.factors[place.number].size
                 gram = torch.zeros_like(q)
                 moments.accumulate(gram, whitened, place.number, 0.0, 1.0)
@@ -243,26 +243,28 @@ class WhiteningBlock(_Tracked):
                     new = new - half * (new @ gram - new * t)
                     new = (new + new.mT) / 2
                 sound = new.flatten(1).isfinite().all(1) & open_
-                bound.copy_(torch.where(sound, higher, bound))
-                _kept_(q, torch.where(_spread(sound, q), new, q))
-            self._balance(qs)
+                raised.append(torch.where(sound, higher, bound))
+                qs[which] = torch.where(_spread(sound, q), new, q)
+            for old, new in zip(stored, self._balanced(qs), strict=True):
+                _kept_(old, new)
+            for bound, higher in zip(bounds, raised, strict=True):
+                bound.copy_(higher)
 
     @staticmethod
-    def _start(block: Tensor, qs: list[Tensor], bounds: list[Tensor], open_: Tensor) -> None:
-        """Set the scale of blocks that see their first gradient."""
+    def _started(block: Tensor, qs: list[Tensor], bounds: list[Tensor], open_: Tensor) -> list[Tensor]:
+        """With a scale for blocks that see their first gradient."""
         mean = block.flatten(1).pow(4).mean(1)
         scale = torch.where((bounds[0] == 0) & open_ & (mean > 0), mean, 1.0) ** (-1 / (8 * len(qs)))
-        for q in qs:
-            q.mul_(_spread(scale, q))
+        return [q * _spread(scale, q) for q in qs]
 
     @staticmethod
-    def _balance(qs: list[Tensor]) -> None:
-        """Give all factors of a block one largest entry; their product stays."""
-        if len(qs) > 1:
-            norms = [q.flatten(1).abs().amax(1).clamp_min(torch.finfo(q.dtype).tiny) for q in qs]
-            common = torch.stack(norms).log().mean(0).exp()
-            for q, norm in zip(qs, norms, strict=True):
-                q.mul_(_spread(common / norm, q))
+    def _balanced(qs: list[Tensor]) -> list[Tensor]:
+        """With one largest entry in all factors of a block; their product stays."""
+        if len(qs) == 1:
+            return qs
+        norms = [q.flatten(1).abs().amax(1).clamp_min(torch.finfo(q.dtype).tiny) for q in qs]
+        common = torch.stack(norms).log().mean(0).exp()
+        return [q * _spread(common / norm, q) for q, norm in zip(qs, norms, strict=True)]
 
 
 def _tracking(recipe: Recipe) -> Tracking:

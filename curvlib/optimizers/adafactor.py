@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import Flags
 from ..finishes import ClipRms, ParameterScale
 from ..layers import Slot
 from ..optimizer import CurvatureOptimizer
@@ -37,6 +38,7 @@ class Adafactor(CurvatureOptimizer):
         weight_decay: decoupled.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Adafactor(CurvatureOptimizer):
         *,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         if beta2_decay > 0:
             raise ValueError(f"beta2_decay must be at most 0, got {beta2_decay!r}")
@@ -63,6 +66,7 @@ class Adafactor(CurvatureOptimizer):
             beta2=Decaying(beta2_decay),
             eps=eps,
             d=d,
+            **flags,
         )
 
 

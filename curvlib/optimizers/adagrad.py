@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import Flags
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Recipe, Root, Rule
 from ..routing import Route, Table
@@ -30,6 +31,7 @@ class Adagrad(CurvatureOptimizer):
         eps: added to the denominator.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -43,9 +45,12 @@ class Adagrad(CurvatureOptimizer):
         *,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         settings: dict[str, Any] = dict(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps)
-        super().__init__(params, adagrad, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings)
+        super().__init__(
+            params, adagrad, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings, **flags
+        )
 
 
 def adagrad(lr_decay: float, initial_accumulator_value: float, eps: float) -> Table:

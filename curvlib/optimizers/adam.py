@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import Flags
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule
 from ..routing import Route, Table
@@ -33,6 +34,7 @@ class Adam(CurvatureOptimizer):
         maximize: ascend instead.
         decoupled_weight_decay: decay as :class:`AdamW` does.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class Adam(CurvatureOptimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         settings: dict[str, Any] = dict(
             betas=betas, eps=eps, amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay
         )
-        super().__init__(params, adam, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings)
+        super().__init__(
+            params, adam, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings, **flags
+        )
 
 
 class AdamW(CurvatureOptimizer):
@@ -68,6 +73,7 @@ class AdamW(CurvatureOptimizer):
         amsgrad: divide by the largest average of squares so far.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -81,10 +87,13 @@ class AdamW(CurvatureOptimizer):
         *,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         table = partial(adam, decoupled_weight_decay=True)
         settings: dict[str, Any] = dict(betas=betas, eps=eps, amsgrad=amsgrad)
-        super().__init__(params, table, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings)
+        super().__init__(
+            params, table, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings, **flags
+        )
 
 
 class MomentumAdam(CurvatureOptimizer):
@@ -107,6 +116,7 @@ class MomentumAdam(CurvatureOptimizer):
         weight_decay: decoupled.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -119,10 +129,11 @@ class MomentumAdam(CurvatureOptimizer):
         *,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         settings: dict[str, Any] = dict(betas=betas, eps=eps)
         super().__init__(
-            params, momentum_adam, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings
+            params, momentum_adam, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings, **flags
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KRONECKER, EigenbasisBlock, RunningEigenbasisBlock
-from ..checks import check_choice
+from ..checks import Flags, check_choice
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Clip, Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_weight
@@ -45,6 +45,7 @@ class EKFAC(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class EKFAC(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -81,6 +83,7 @@ class EKFAC(CurvatureOptimizer):
             labels=labels,
             statistics_every=statistics_every,
             refresh_every=refresh_every,
+            **flags,
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KRONECKER, EigenBlock
-from ..checks import check_choice
+from ..checks import Flags, check_choice
 from ..models import Quadratic
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Clip, Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
@@ -65,6 +65,7 @@ class KFAC(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`; without one KFAC warns once and uses moments of the batch gradient.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class KFAC(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -115,6 +117,7 @@ class KFAC(CurvatureOptimizer):
             dense_start=dense_start,
             stagger=stagger,
             subsample=subsample,
+            **flags,
         )
 
 

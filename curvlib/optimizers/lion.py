@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import Flags
 from ..finishes import Sign
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Momentum, Recipe, Root, Rule
@@ -32,6 +33,7 @@ class Lion(CurvatureOptimizer):
         weight_decay: decoupled.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class Lion(CurvatureOptimizer):
         *,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
-        super().__init__(params, lion, lr, weight_decay=weight_decay, maximize=maximize, model=model, betas=betas)
+        super().__init__(
+            params, lion, lr, weight_decay=weight_decay, maximize=maximize, model=model, betas=betas, **flags
+        )
 
 
 def lion(betas: tuple[float, float]) -> Table:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KERNELS
-from ..checks import check_choice
+from ..checks import Flags, check_choice
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Grafting, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_kernel, is_matrix
@@ -89,6 +89,7 @@ class MBF(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`; ``of="samples"`` listens to its layers.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class MBF(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -145,6 +147,7 @@ class MBF(CurvatureOptimizer):
             window=window,
             diagonal_beta=diagonal_beta,
             eps=eps,
+            **flags,
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import Flags
 from ..finishes import Orthogonal
 from ..layers import Slot
 from ..optimizer import CurvatureOptimizer
@@ -45,6 +46,7 @@ class Muon(CurvatureOptimizer):
         eps: Adam's, of the rest.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`; it tells embeddings from matrices.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Muon(CurvatureOptimizer):
         eps: float = 1e-10,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -79,6 +82,7 @@ class Muon(CurvatureOptimizer):
             low_precision=low_precision,
             betas=betas,
             eps=eps,
+            **flags,
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
-from ..checks import check_period
+from ..checks import Flags, check_period
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Clip, Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table
@@ -43,6 +43,7 @@ class NGD(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`; without one the moments are those of the batch gradient.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class NGD(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -81,6 +83,7 @@ class NGD(CurvatureOptimizer):
             statistics_every=statistics_every,
             refresh_every=refresh_every,
             subsample=subsample,
+            **flags,
         )
 
 

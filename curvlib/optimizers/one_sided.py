@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, FULL_LAYER
-from ..checks import check_choice
+from ..checks import Flags, check_choice
 from ..layers import Slot
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
@@ -42,6 +42,7 @@ class FOOF(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FOOF(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -74,6 +76,7 @@ class FOOF(CurvatureOptimizer):
             sharing=sharing,
             statistics_every=statistics_every,
             refresh_every=refresh_every,
+            **flags,
         )
 
 
@@ -127,6 +130,7 @@ class OneSidedShampoo(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class OneSidedShampoo(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -161,6 +166,7 @@ class OneSidedShampoo(CurvatureOptimizer):
             grafting=grafting,
             statistics_every=statistics_every,
             refresh_every=refresh_every,
+            **flags,
         )
 
 
@@ -220,6 +226,7 @@ class FullAdagrad(CurvatureOptimizer):
         refresh_every: in steps.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -232,6 +239,7 @@ class FullAdagrad(CurvatureOptimizer):
         refresh_every: int = 1,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -242,6 +250,7 @@ class FullAdagrad(CurvatureOptimizer):
             model=model,
             damping=damping,
             refresh_every=refresh_every,
+            **flags,
         )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import WhiteningBlock
-from ..checks import check_count
+from ..checks import Flags, check_count
 from ..finishes import ClipEntries, ClipRms
 from ..layers import Slot
 from ..optimizer import CurvatureOptimizer
@@ -44,6 +44,7 @@ class PSGDKron(CurvatureOptimizer):
         statistics_every: T, in steps.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class PSGDKron(CurvatureOptimizer):
         statistics_every: int = 1,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -72,6 +74,7 @@ class PSGDKron(CurvatureOptimizer):
             bound_beta=bound_beta,
             max_size=max_size,
             statistics_every=statistics_every,
+            **flags,
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import Flags
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule
 from ..routing import Route, Table
@@ -35,6 +36,7 @@ class RMSprop(CurvatureOptimizer):
         centered: by the estimated variance instead of the second moment.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -49,9 +51,12 @@ class RMSprop(CurvatureOptimizer):
         *,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         settings: dict[str, Any] = dict(alpha=alpha, eps=eps, momentum=momentum, centered=centered)
-        super().__init__(params, rmsprop, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings)
+        super().__init__(
+            params, rmsprop, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings, **flags
+        )
 
 
 def rmsprop(alpha: float, eps: float, momentum: float, centered: bool) -> Table:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
+from ..checks import Flags
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Moment, Momentum, Recipe, Root, Rule
 from ..routing import Route, Table
@@ -30,6 +31,7 @@ class SGD(CurvatureOptimizer):
         nesterov: look ahead.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
 
     Raises:
         ValueError: nesterov without momentum or with dampening, or a setting out of range.
@@ -46,9 +48,12 @@ class SGD(CurvatureOptimizer):
         *,
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         settings: dict[str, Any] = dict(momentum=momentum, dampening=dampening, nesterov=nesterov)
-        super().__init__(params, sgd, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings)
+        super().__init__(
+            params, sgd, lr, weight_decay=weight_decay, maximize=maximize, model=model, **settings, **flags
+        )
 
 
 def sgd(momentum: float, dampening: float, nesterov: bool) -> Table:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
-from ..checks import check_choice, check_period
+from ..checks import Flags, check_choice, check_period
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_kernel, is_vector
@@ -61,6 +61,7 @@ class Shampoo(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`; layers name their axes, grouped convolutions get a product per group.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Shampoo(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -113,6 +115,7 @@ class Shampoo(CurvatureOptimizer):
             heavy_ball=heavy_ball,
             grafting_beta=grafting_beta,
             grafting_eps=grafting_eps,
+            **flags,
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, InverseFreeBlock
-from ..checks import check_choice, check_period
+from ..checks import Flags, check_choice, check_period
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule, Tracking
 from ..routing import Route, Table, is_weight
@@ -54,6 +54,7 @@ class SINGD(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SINGD(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -96,6 +98,7 @@ class SINGD(CurvatureOptimizer):
             labels=labels,
             sharing=sharing,
             statistics_every=statistics_every,
+            **flags,
         )
 
 

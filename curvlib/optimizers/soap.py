@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, EigenbasisBlock, LikelihoodBlock
-from ..checks import check_choice, check_period
+from ..checks import Flags, check_choice, check_period
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_kernel, is_vector
@@ -44,6 +44,7 @@ class SOAP(CurvatureOptimizer):
             ``"inputs"``.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class SOAP(CurvatureOptimizer):
         kernels: Kernels = "separate",
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -74,6 +76,7 @@ class SOAP(CurvatureOptimizer):
             basis=basis,
             block_size=block_size,
             kernels=kernels,
+            **flags,
         )
 
 
@@ -126,6 +129,7 @@ class KLShampoo(CurvatureOptimizer):
         kernels: see :class:`SOAP`.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -143,6 +147,7 @@ class KLShampoo(CurvatureOptimizer):
         kernels: Kernels = "separate",
         maximize: bool = False,
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -158,6 +163,7 @@ class KLShampoo(CurvatureOptimizer):
             basis=basis,
             block_size=block_size,
             kernels=kernels,
+            **flags,
         )
 
 

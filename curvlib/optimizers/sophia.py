@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
-from ..checks import check_count, check_number
+from ..checks import Flags, check_count, check_number
 from ..finishes import ClipEntries
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule, Schedule
@@ -40,6 +40,7 @@ class SophiaG(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class SophiaG(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -70,6 +72,7 @@ class SophiaG(CurvatureOptimizer):
             batch=batch,
             statistics_every=statistics_every,
             eps=eps,
+            **flags,
         )
 
 
@@ -114,6 +117,7 @@ class SophiaH(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class SophiaH(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -142,6 +147,7 @@ class SophiaH(CurvatureOptimizer):
             gamma=gamma,
             statistics_every=statistics_every,
             eps=eps,
+            **flags,
         )
 
 

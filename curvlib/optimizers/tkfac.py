@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KRONECKER
+from ..checks import Flags
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_weight
@@ -42,6 +43,7 @@ class TKFAC(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TKFAC(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -74,6 +77,7 @@ class TKFAC(CurvatureOptimizer):
             momentum=momentum,
             statistics_every=statistics_every,
             refresh_every=refresh_every,
+            **flags,
         )
 
 

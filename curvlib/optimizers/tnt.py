@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..checks import Flags, check_choice
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_kernel
@@ -41,6 +41,7 @@ class TNT(CurvatureOptimizer):
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
+        flags: ``foreach`` and torch's others, see :class:`CurvatureOptimizer`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TNT(CurvatureOptimizer):
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
+        **flags: Unpack[Flags],
     ) -> None:
         super().__init__(
             params,
@@ -73,6 +75,7 @@ class TNT(CurvatureOptimizer):
             momentum=momentum,
             statistics_every=statistics_every,
             refresh_every=refresh_every,
+            **flags,
         )
 
 

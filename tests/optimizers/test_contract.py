@@ -132,8 +132,59 @@ def test_directions_can_be_inspected(kind):
     assert set(optimizer.routing()) == {name for name, _ in model.named_parameters()}
     assert all(size >= 0 for size in optimizer.memory().values())
     assert optimizer.health().ok
-    assert kind.__name__ in repr(optimizer)
+    shown = repr(optimizer)
+    assert shown.startswith(f"{kind.__name__} (\n  group 0: {len(list(model.parameters()))} parameters, lr=")
+    assert not any(flag in shown for flag in ("foreach", "fused", "capturable", "differentiable", "tensor(", "0x"))
     for held in optimizer.held():
         dense = held.dense()
         assert dense.shape == (sum(p.numel() for p in held.unit.operand.parameters),) * 2
         assert torch.isfinite(dense).all()
+
+
+# -- torch's flags ----------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("flag", ["fused", "capturable", "differentiable"])
+def test_a_flag_that_asks_for_what_is_not_there_is_refused(kind, flag):
+    parameters = [nn.Parameter(torch.ones(2, 2))]
+    with pytest.raises(ValueError, match=rf"{flag}=True is not supported: .*; leave it out"):
+        kind(parameters, **{flag: True})
+    with pytest.raises(ValueError, match=rf"{flag}=True is not supported"):
+        kind([{"params": parameters, flag: True}])
+    with pytest.raises(ValueError, match=rf"{flag} must be one of None, False, True, got 'yes'"):
+        kind(parameters, **{flag: "yes"})
+
+
+@every_kind
+def test_an_unknown_setting_is_refused_by_name(kind):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'for_each'"):
+        kind([nn.Parameter(torch.ones(2, 2))], for_each=True)
+
+
+@every_kind
+def test_flags_that_decline_or_say_what_is_so_change_nothing(kind):
+    results = []
+    for flags in ({}, {"foreach": True, "fused": None}, dict(fused=False, capturable=False, differentiable=False)):
+        model = network()
+        optimizer = kind(model, **flags)
+        for t in range(3):
+            optimizer.step(closure_of(optimizer, model, t))
+        assert flags.items() <= optimizer.param_groups[0].items()
+        results.append([parameter.detach() for parameter in model.parameters()])
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@every_kind
+def test_foreach_false_steps_parameter_by_parameter(kind):
+    results = []
+    for foreach in (None, False):
+        model = network()
+        optimizer = kind(model, foreach=foreach)
+        for t in range(3):
+            optimizer.step(closure_of(optimizer, model, t))
+        assert foreach is None or all(len(bucket.units) == 1 for bucket in optimizer._storage.buckets)
+        results.append([parameter.detach() for parameter in model.parameters()])
+    for one, two in zip(*results, strict=True):  # the order of sums, passed through three roots of damped matrices
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)

@@ -201,7 +201,7 @@ def test_parameters_and_gradients_may_lie_in_memory_as_they_like(name):
 def test_names_and_defaults_are_torchs(name):
     ours = inspect.signature(getattr(curvlib, name)).parameters
     theirs = inspect.signature(getattr(torch.optim, name)).parameters
-    assert set(theirs) - FLAGS == set(ours) - {"model"}
+    assert set(theirs) - FLAGS == set(ours) - {"model", "flags"}
     for option in set(theirs) - FLAGS - {"params"}:
         assert ours[option].default == theirs[option].default, option
     positional = [option for option in theirs if theirs[option].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
