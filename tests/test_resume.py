@@ -60,6 +60,8 @@ def cases(draw):
     method = draw(some(METHODS))
     known = inspect.signature(getattr(curvlib, method).__init__).parameters
     chosen = {name: draw(some(pool)) for name, pool in POOLS.items() if name in known and draw(st.booleans())}
+    if chosen.get("window"):  # of batch gradients, in blocks that are not averaged
+        chosen |= {"linear_blocks": "output", "of": "gradient"}
     fading = [name for name in FADING if chosen.get(name) and "Callable" in str(known[name].annotation)]
     network, total = draw(some(sorted(NETWORKS))), draw(st.integers(1, 12))
     names = [name for name, _ in NETWORKS[network]().named_parameters()]
@@ -93,10 +95,7 @@ def test_resumed_in_another_process_is_bitwise_uninterrupted(worker, case, data)
         reject()
     total = len(case["frozen"])
     stop = data.draw(st.integers(0, total), label="saved after")
-    try:
-        run.steps(0, stop)
-    except ValueError:
-        reject()
+    run.steps(0, stop)
     resumed = worker.resume(case, run.state(), stop, total)
     run.steps(stop, total)
     assert_identical(resumed, run.state())
