@@ -6,10 +6,9 @@ a cohort is its whole bucket and works in place; otherwise its rows are gathered
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +21,11 @@ from .recipe import Recipe
 from .roots import RootJob
 from .rules import Tensors, gated
 from .storage import Bucket
-from .units import Unit
+from .units import Lineup, Unit
 
 Group = Mapping[str, Any]
 Given = Mapping[str, Mapping[Tensor, Tensor]]
+T = TypeVar("T")
 
 
 @dataclass
@@ -49,13 +49,75 @@ class Piece:
     source: Tensor
 
 
+class Members:
+    """Rows of a bucket that step together, with the tensors that belong to them; kept from step to step.
+
+    Attributes:
+        rows: numbers of their units in the bucket.
+        whole: whether these are all of it.
+        units: theirs.
+        parameters: every parameter, one unit after the other.
+        groups: the number of each parameter's group.
+        used: these numbers.
+        index: the rows on the device, where they are not all.
+    """
+
+    def __init__(self, bucket: Bucket, rows: list[int]) -> None:
+        self.rows, self.whole = rows, len(rows) == len(bucket.units)
+        self.units = [bucket.units[row] for row in rows]
+        self.parameters = [one for unit in self.units for one in unit.operand.parameters]
+        self.groups = [group for unit in self.units for group in unit.groups]
+        self.used = set(self.groups)
+        self._all = _places(self.groups, range(len(self.groups)))
+        self.index = None if self.whole else torch.tensor(rows, device=bucket.structure.device)
+        self._packed = bucket.packed
+        self._pointers: list[int] = []
+        self._views: list[Tensor] = []
+        # Views of what stays where it is are cut once.
+        lasting = [bucket.workspace, *(one for name in bucket.like for one in bucket.state[name])]
+        self._kept = [(one, self._windows(one)) for one in lasting if one is not None and bucket.packed and self.whole]
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of every parameter, as they lie."""
+        return [one.grad for one in self.parameters]
+
+    def by_group(self, gradients: Sequence[Tensor | None]) -> dict[int, list[int]]:
+        """For each group the places of those parameters that have a gradient."""
+        there = [place for place, gradient in enumerate(gradients) if gradient is not None]
+        return self._all if len(there) == len(self.groups) else _places(self.groups, there)
+
+    def views(self) -> list[Tensor]:
+        """Every parameter with the dimensions of its window, for as long as it lies where it lay."""
+        if not self._packed:
+            return self.parameters
+        pointers = [one.data_ptr() for one in self.parameters]
+        if pointers != self._pointers:
+            detached = ([one.detach() for one in unit.operand.parameters] for unit in self.units)
+            pairs = zip(self.units, detached, strict=True)
+            self._views = [view for unit, mine in pairs for view in unit.operand.views(mine)]
+            self._pointers = pointers
+        return self._views
+
+    def windows(self, tensors: Tensors) -> list[Tensor]:
+        """Operands cut into their parameters: a view for every one."""
+        if not self._packed:
+            return list(tensors)
+        (packed,) = tensors
+        known = next((windows for one, windows in self._kept if one is packed), None)
+        return self._windows(packed) if known is None else known
+
+    def _windows(self, packed: Tensor) -> list[Tensor]:
+        pairs = zip(self.units, packed.unbind(), strict=True)
+        return [window for unit, one in pairs for window in unit.operand.windows(one)]
+
+
 @dataclass
 class Cohort:
     """Units of a bucket that share recipe, step and number of updates, so that one call serves them all.
 
     Attributes:
         bucket: where they live.
-        rows: their rows; all of them for a whole bucket.
+        members: who they are.
         recipe: with this step's numbers.
         step: steps taken so far.
         updates: statistics averaged so far.
@@ -65,7 +127,7 @@ class Cohort:
     """
 
     bucket: Bucket
-    rows: list[int]
+    members: Members
     recipe: Recipe
     step: int
     updates: int
@@ -79,31 +141,43 @@ class Cohort:
     averaged: tuple[Tensors, Weight, Weight] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.units = [self.bucket.units[row] for row in self.rows]
-        self.whole = len(self.rows) == len(self.bucket.units)
-        if self.whole:
+        if self.members.whole:
             self.state = self.bucket.state
             return
-        self.index = torch.tensor(self.rows, device=self.bucket.structure.device)
         self.state = {name: self._gather(value) for name, value in self.bucket.state.items()}
 
+    @property
+    def units(self) -> list[Unit]:
+        """Theirs."""
+        return self.members.units
+
     def _gather(self, value: Any) -> Any:
+        index = self.members.index
         if not isinstance(value, list):
-            return value.index_select(0, self.index)
+            return value.index_select(0, index)
         if self.bucket.packed:
-            return [one.index_select(0, self.index) for one in value]
-        return [value[row] for row in self.rows]
+            return [one.index_select(0, index) for one in value]
+        return [value[row] for row in self.members.rows]
 
     def settle(self) -> None:
         """Put gathered rows back."""
-        if self.whole:
+        index = self.members.index
+        if index is None:
             return
         for name, value in self.bucket.state.items():
             if not isinstance(value, list):
-                value.index_copy_(0, self.index, self.state[name])
+                value.index_copy_(0, index, self.state[name])
             elif self.bucket.packed:
                 for whole, part in zip(value, self.state[name], strict=True):
-                    whole.index_copy_(0, self.index, part)
+                    whole.index_copy_(0, index, part)
+
+    def count(self, step: int) -> None:
+        """Keep the counters of the next step."""
+        now = torch.tensor([step, self.updates, int(self.warm)])
+        if self.members.whole:
+            self.bucket.counters.copy_(now)
+        else:
+            self.bucket.counters[self.members.rows] = now
 
     def listen(self, groups: Sequence[Group], gate: Tensor | None) -> None:
         """Take in the gradients, average the momentum before preconditioning, and the statistics if they are due."""
@@ -158,12 +232,15 @@ class Cohort:
 
     def _parameters(self) -> Tensor:
         """The parameters as a packed batch, ``[n, *layout.shape]``."""
-        assert self.bucket.workspace is not None
-        batch = self.bucket.workspace.new_empty(len(self.rows), *self.bucket.workspace.shape[1:])
-        for unit, one in zip(self.units, batch, strict=True):
-            for parameter, window in zip(unit.operand.parameters, unit.operand.windows(one), strict=True):
-                window.copy_(parameter.detach().view(window.shape))
+        batch = self._batch()
+        for window, view in zip(self.members.windows([batch]), self.members.views(), strict=True):
+            window.copy_(view)
         return batch
+
+    def _batch(self) -> Tensor:
+        """Room for one packed operand of every unit."""
+        assert self.bucket.workspace is not None
+        return self.bucket.workspace.new_empty(len(self.members.rows), *self.bucket.workspace.shape[1:])
 
     def gradients(self, groups: Sequence[Group], gate: Tensor | None) -> Tensors:
         """The gradients of the mean loss: one packed batch, or a tensor for every parameter."""
@@ -178,61 +255,63 @@ class Cohort:
             value = torch.zeros_like(parameter, dtype=dtype) if one is None else one.to(dtype)
             return value if gate is None else torch.where(gate.to(value.device), value, 0.0)
 
+        values = [given(one) for one in self.members.parameters]
         if not self.bucket.packed:
-            return [given(unit.operand.lead) for unit in self.units]
-        assert self.bucket.workspace is not None
-        batch = self.bucket.workspace.new_zeros(len(self.rows), *self.bucket.workspace.shape[1:])
-        for unit, one in zip(self.units, batch, strict=True):
-            for parameter, window in zip(unit.operand.parameters, unit.operand.windows(one), strict=True):
-                window.copy_(given(parameter).view(window.shape))
+            return values
+        batch = self._batch()
+        for window, value in zip(self.members.windows([batch]), values, strict=True):
+            window.copy_(value.view(window.shape))
         return [batch]
 
     def _separate(self, groups: Sequence[Group], gate: Tensor | None) -> list[Tensor]:
         """The gradients as they lie, copied only where something is to be done to them."""
-        parameters = [unit.operand.lead for unit in self.units]
-        gradients = [_as(parameter.grad, self.bucket.structure.dtype) for parameter in parameters]
-        members: dict[int, list[int]] = defaultdict(list)
-        for place, unit in enumerate(self.units):
-            members[unit.groups[0]].append(place)
-        for group, places in members.items():
+        dtype, members = self.bucket.structure.dtype, self.members
+        raw = members.gradients()
+        gradients = [one if one.dtype == dtype else one.to(dtype) for one in raw if one is not None]
+        for group, places in members.by_group(raw).items():
             mine = [gradients[place] for place in places]
-            mine = self._prepared(mine, [parameters[place] for place in places], groups[group], gate)
-            for place, gradient in zip(places, mine, strict=True):
-                gradients[place] = gradient
+            prepared = self._prepared(mine, picked(members.parameters, places), groups[group], gate)
+            if prepared is not mine:
+                for place, gradient in zip(places, prepared, strict=True):
+                    gradients[place] = gradient
         return gradients
 
     def _packed(self, groups: Sequence[Group], gate: Tensor | None) -> list[Tensor]:
         """The gradients copied into one batch; what has none counts as zero."""
         assert self.bucket.workspace is not None
         # Several cohorts of one bucket are in flight together; only a whole bucket has the workspace to itself.
-        shape = (len(self.rows), *self.bucket.workspace.shape[1:])
-        batch = self.bucket.workspace if self.whole else self.bucket.workspace.new_empty(shape)
-        members: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
-        for unit, one in zip(self.units, batch, strict=True):
-            windows = unit.operand.windows(one)
-            for parameter, window, group in zip(unit.operand.parameters, windows, unit.groups, strict=True):
-                if parameter.grad is None:
-                    window.zero_()
-                else:
-                    gradient = _as(parameter.grad, window.dtype).view(window.shape)
-                    members[group].append((window, gradient, parameter.detach().view(window.shape)))
-        for group, entries in members.items():
-            places, gradients, parameters = (list(column) for column in zip(*entries, strict=True))
-            torch._foreach_copy_(places, self._prepared(gradients, parameters, groups[group], gate))
+        members = self.members
+        batch = self.bucket.workspace if members.whole else self._batch()
+        windows, raw, views = members.windows([batch]), members.gradients(), members.views()
+        for window, gradient in zip(windows, raw, strict=True):
+            if gradient is None:
+                window.zero_()
+        for group, places in members.by_group(raw).items():
+            targets = [windows[place] for place in places]
+            gradients = [one for one in (raw[place] for place in places) if one is not None]
+            gradients = [
+                one if one.shape == target.shape else one.view(target.shape)
+                for one, target in zip(gradients, targets, strict=True)
+            ]
+            prepared = self._prepared(gradients, picked(views, places), groups[group], gate)
+            torch._foreach_copy_(targets, prepared)
         return [flush_subnormals_(batch)]
 
-    def _prepared(
-        self, gradients: Tensors, parameters: list[Tensor], group: Group, gate: Tensor | None
-    ) -> list[Tensor]:
+    def _prepared(self, gradients: Tensors, parameters: list[Tensor], group: Group, gate: Tensor | None) -> Tensors:
         """The gradient of the mean loss to be minimised, with L2 decay where the rule says so; never in place."""
         factor = (-1.0 if group["maximize"] else 1.0) / group["reduction_factor"]
-        if isinstance(factor, Tensor) or factor != 1.0:
+        scaled = isinstance(factor, Tensor) or factor != 1.0
+        decays = self.recipe.rule.decay == "l2" and group["weight_decay"] != 0
+        if scaled or decays:
+            dtype = self.bucket.structure.dtype
+            gradients = [one if one.dtype == dtype else one.to(dtype) for one in gradients]
+        if scaled:
             gradients = torch._foreach_mul(gradients, factor)
-        if self.recipe.rule.decay == "l2" and group["weight_decay"] != 0:
+        if decays:
             gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
         if gate is not None:
             gradients = [torch.where(gate.to(one.device), one, 0.0) for one in gradients]
-        return list(gradients)
+        return gradients
 
     def root_jobs(self) -> Iterable[RootJob]:
         """What a refresh has to solve."""
@@ -267,11 +346,8 @@ class Cohort:
 
     def _finished(self, direction: Tensors, gate: Tensor | None) -> list[Tensor]:
         """The directions after the rule's finishes; zero where the gate is shut, whatever these make of nothing."""
-        windows, references = self.windows(direction), self.windows(self.reference)
-        parameters = [
-            parameter.detach().view(window.shape).to(window.dtype)
-            for (parameter, _), window in zip(self.members(), windows, strict=True)
-        ]
+        windows, references = self.members.windows(direction), self.members.windows(self.reference)
+        parameters = [one.detach().to(window.dtype) for one, window in zip(self.members.views(), windows, strict=True)]
         finished: Sequence[Tensor] = windows
         for finish in self.recipe.rule.finish:
             finished = finish(finished, references, parameters)
@@ -280,60 +356,75 @@ class Cohort:
         if not self.bucket.packed:
             return list(finished)
         batch = [torch.empty_like(direction[0])]
-        torch._foreach_copy_(self.windows(batch), list(finished))
+        torch._foreach_copy_(self.members.windows(batch), list(finished))
         return batch
-
-    def members(self) -> Iterable[tuple[Tensor, int]]:
-        """Every parameter with the number of its group."""
-        for unit in self.units:
-            yield from zip(unit.operand.parameters, unit.groups, strict=True)
-
-    def windows(self, tensors: Tensors) -> list[Tensor]:
-        """Operands cut into their parameters: a view for every one of :meth:`members`."""
-        if not self.bucket.packed:
-            return list(tensors)
-        return [
-            window for unit, one in zip(self.units, tensors[0], strict=True) for window in unit.operand.windows(one)
-        ]
 
     def pieces(self, direction: Tensors) -> Iterable[Piece]:
         """Directions, parameter by parameter, for those that have a gradient."""
-        columns = (self.windows(tensors) for tensors in (direction, self.gradient, self.reference))
-        for (parameter, group), window, gradient, reference in zip(self.members(), *columns, strict=True):
+        members = self.members
+        columns = [members.windows(tensors) for tensors in (direction, self.gradient, self.reference)]
+        everything = zip(members.parameters, members.views(), members.groups, *columns, strict=True)
+        for parameter, view, group, window, gradient, reference in everything:
             if parameter.grad is not None:
-                view = parameter.detach().view(window.shape)
-                yield Piece(view, window, gradient, reference, group, parameter)
-
-
-def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
-    assert gradient is not None
-    return gradient.detach().to(dtype)
+                yield Piece(view.detach(), window, gradient, reference, group, parameter)
 
 
 def cohorts(
     bucket: Bucket,
     recipes: Mapping[Unit, Recipe],
+    lineup: Lineup,
     heard: Mapping[Unit, Means],
     given: Given | None = None,
 ) -> list[Cohort]:
     """The active units of a bucket, grouped by what must be equal for one call."""
-    members: dict[tuple[int, int, int, int, bool], list[int]] = defaultdict(list)
+    units, rows = bucket.units, bucket.rows(lineup)
+    if not rows:
+        return []
+    if not heard and bucket.steady is not None and bucket.steady[0] is lineup and bucket.steady[1] is recipes:
+        _, _, members, recipe = bucket.steady
+        if torch.equal(bucket.counters, bucket.counters[:1].expand_as(bucket.counters)):
+            step, updates, warm = bucket.counters[0].tolist()
+            return [Cohort(bucket, members, recipe, step, updates, bool(warm), None, given or {})]
+    together: dict[tuple[int, int, int, int, bool], list[int]] = {}
     chosen: dict[int, Recipe] = {}
-    for row, (unit, (step, updates, warm)) in enumerate(zip(bucket.units, bucket.counters.tolist(), strict=True)):
-        if unit.active():
-            recipe = recipes[unit]
-            chosen[id(recipe)] = recipe
-            members[id(recipe), step, updates, warm, unit in heard].append(row)
-    return [
+    counters = bucket.counters.tolist()
+    for row in rows:
+        recipe, (step, updates, warm) = recipes[units[row]], counters[row]
+        chosen[id(recipe)] = recipe
+        together.setdefault((id(recipe), step, updates, warm, units[row] in heard), []).append(row)
+    found = [
         Cohort(
             bucket,
-            rows,
+            _members(bucket, rows),
             chosen[recipe],
             step,
             updates,
             bool(warm),
-            [heard[bucket.units[row]] for row in rows] if listened else None,
+            [heard[units[row]] for row in rows] if listened else None,
             given or {},
         )
-        for (recipe, step, updates, warm, listened), rows in members.items()
+        for (recipe, step, updates, warm, listened), rows in together.items()
     ]
+    alone = len(found) == 1 and found[0].members.whole
+    bucket.steady = (lineup, recipes, found[0].members, found[0].recipe) if alone else None
+    return found
+
+
+def _places(groups: Sequence[int], there: Iterable[int]) -> dict[int, list[int]]:
+    places: dict[int, list[int]] = {}
+    for place in there:
+        places.setdefault(groups[place], []).append(place)
+    return places
+
+
+def picked(column: Sequence[T], places: Sequence[int]) -> list[T]:
+    """Those at some places."""
+    return list(column) if len(places) == len(column) else [column[place] for place in places]
+
+
+def _members(bucket: Bucket, rows: list[int]) -> Members:
+    """Those of these rows, as they were the last time if they were together then."""
+    known: Members | None = bucket.members.get(rows[0])
+    if known is None or known.rows != rows:
+        known = bucket.members[rows[0]] = Members(bucket, rows)
+    return known

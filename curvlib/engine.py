@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,12 +21,13 @@ from . import rules
 from .blocks import Means
 from .checks import number, period
 from .cohort import Cohort, Given, Group, Piece, cohorts
+from .kernels import Kernel, kernel_for
 from .moments import Weight
 from .recipe import Clip, Recipe
 from .roots import RootJob
 from .rules import Tensors, gated
 from .storage import Bucket
-from .units import Unit
+from .units import Lineup, Unit
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,34 @@ class Together:
     Attributes:
         refresh: solves the roots that are due.
         total: adds up the sizes of all directions of every clip.
+        steps: whether the optimizer steps along its directions by itself.
     """
 
     refresh: Callable[[Iterable[RootJob]], None]
     total: Callable[[dict[Clip, Tensor]], dict[Clip, Tensor]] = dict
+    steps: bool = True
 
 
 @dataclass
 class Direction:
-    """What one cohort would do: a direction for each of its parameters, and the factor by which all are shrunk."""
+    """What one cohort would do.
+
+    Attributes:
+        cohort: who.
+        whole: the direction of each of its operands; nothing where a kernel does all of the step at once.
+        shrink: the factor by which all directions are shrunk.
+        kernel: that one.
+    """
 
     cohort: Cohort
-    pieces: list[Piece]
-    shrink: Tensor | None
     whole: Tensors
+    shrink: Tensor | None = None
+    kernel: Kernel | None = None
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The direction of each parameter."""
+        return list(self.cohort.pieces(self.whole))
 
     def last(self) -> list[Tensor]:
         """The last update of each piece's parameter, where a model of the loss keeps it as momentum."""
@@ -73,6 +89,7 @@ class Direction:
 def directions(
     buckets: Iterable[Bucket],
     recipes: Mapping[Unit, Recipe],
+    lineup: Lineup,
     groups: Sequence[Group],
     gate: Tensor | None,
     heard: Mapping[Unit, Means],
@@ -84,26 +101,29 @@ def directions(
     Args:
         buckets: the bound units.
         recipes: every unit's recipe with this step's numbers; equal recipes are one object.
+        lineup: who has a gradient.
         groups: settings: ``lr``, ``weight_decay``, ``maximize``, ``reduction_factor``.
         gate: 0-d bool, False where the whole step must change nothing; ``None`` is open.
         heard: what the layers of listening units said.
         given: what takes the gradient's place in moments: pass -> parameter -> tensor.
         together: what is shared with other ranks.
     """
-    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, heard, given)]
-    for cohort in active:
+    active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, lineup, heard, given)]
+    kernels = {id(cohort): kernel_for(cohort, groups) if together.steps else None for cohort in active}
+    composed = [cohort for cohort in active if kernels[id(cohort)] is None]
+    for cohort in composed:
         cohort.listen(groups, gate)
-    together.refresh(due_jobs(active))
-    for cohort in active:
+    together.refresh(due_jobs(composed))
+    for cohort in composed:
         cohort.correct()
-    whole = [cohort.direct(gate) for cohort in active]
-    finished = [(cohort, list(cohort.pieces(direction))) for cohort, direction in zip(active, whole, strict=True)]
+    finished = [Direction(cohort, cohort.direct(gate)) for cohort in composed]
     sizes = together.total(_clip_sizes(finished, groups))
     shrink = {clip: rules.clip_scale(clip, size) for clip, size in sizes.items()}
-    return [
-        Direction(cohort, pieces, shrink.get(cohort.recipe.rule.clip) if cohort.recipe.rule.clip else None, direction)
-        for (cohort, pieces), direction in zip(finished, whole, strict=True)
-    ]
+    for one in finished:
+        clip = one.cohort.recipe.rule.clip
+        one.shrink = None if clip is None else shrink[clip]
+    whole = [Direction(cohort, (), kernel=kernels[id(cohort)]) for cohort in active if kernels[id(cohort)] is not None]
+    return finished + whole
 
 
 def settle(finished: Iterable[Direction]) -> None:
@@ -111,7 +131,7 @@ def settle(finished: Iterable[Direction]) -> None:
     for one in finished:
         cohort = one.cohort
         cohort.settle()
-        cohort.bucket.counters[cohort.rows] = torch.tensor([cohort.step + 1, cohort.updates, int(cohort.warm)])
+        cohort.count(cohort.step + 1)
 
 
 def follow(finished: Iterable[Direction], heard: Mapping[Unit, Means], gate: Tensor | None) -> None:
@@ -123,8 +143,11 @@ def follow(finished: Iterable[Direction], heard: Mapping[Unit, Means], gate: Ten
 def advance(finished: Iterable[Direction], groups: Sequence[Group], gate: Tensor | None) -> None:
     """Step along the directions."""
     for one in finished:
+        if one.kernel is not None:
+            one.kernel(one.cohort, groups, gate)
+            continue
         one.cohort.remember()
-        _update(one.cohort, one.pieces, groups, gate, one.shrink)
+        _update(one, groups, gate)
 
 
 def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:
@@ -163,30 +186,22 @@ def write(finished: Iterable[Direction]) -> None:
             piece.source.grad.copy_(direction.reshape(piece.source.shape))
 
 
-def _clip_sizes(finished: Sequence[tuple[Cohort, Sequence[Piece]]], groups: Sequence[Group]) -> dict[Clip, Tensor]:
+def _clip_sizes(finished: Iterable[Direction], groups: Sequence[Group]) -> dict[Clip, Tensor]:
     """One size for every clip, over all parameters that share it."""
     pairs: dict[Clip, list[tuple[list[Tensor], list[Tensor], Weight]]] = defaultdict(list)
-    for cohort, pieces in finished:
-        clip = cohort.recipe.rule.clip
+    for one in finished:
+        clip = one.cohort.recipe.rule.clip
         if clip is not None:
-            pairs[clip] += [([one.direction], [one.reference], groups[one.group]["lr"]) for one in pieces]
+            pairs[clip] += [([piece.direction], [piece.reference], groups[piece.group]["lr"]) for piece in one.pieces]
     return {clip: rules.clip_size(clip, members) for clip, members in pairs.items()}
 
 
-def _update(
-    cohort: Cohort,
-    pieces: Sequence[Piece],
-    groups: Sequence[Group],
-    gate: Tensor | None,
-    shrink: Tensor | None,
-) -> None:
+def _update(one: Direction, groups: Sequence[Group], gate: Tensor | None) -> None:
     """Step: w <- (1 - lr decay) w - lr d."""
-    members: dict[int, list[Piece]] = defaultdict(list)
-    for piece in pieces:
-        members[piece.group].append(piece)
-    rule = cohort.recipe.rule
-    for group, mine in members.items():
-        parameters, directions = [one.parameter for one in mine], [one.direction for one in mine]
+    cohort, members = one.cohort, one.cohort.members
+    views, windows, rule, shrink = members.views(), members.windows(one.whole), cohort.recipe.rule, one.shrink
+    for group, places in members.by_group(members.gradients()).items():
+        parameters, directions = [views[place] for place in places], [windows[place] for place in places]
         settings, device = groups[group], parameters[0].device
         lr: Weight = settings["lr"]
         if isinstance(lr, Tensor):
@@ -210,6 +225,7 @@ def _update(
 def warm(
     buckets: Iterable[Bucket],
     recipes: Mapping[Unit, Recipe],
+    lineup: Lineup,
     groups: Sequence[Group],
     gate: Tensor | None,
     heard: Mapping[Unit, Means],
@@ -220,11 +236,12 @@ def warm(
     Moments of the momentum are left alone: without steps there is none.
     """
     for bucket in buckets:
-        for cohort in cohorts(bucket, recipes, heard):
+        for cohort in cohorts(bucket, recipes, lineup, heard):
             if bucket.block is None or cohort.recipe.moment.of == "momentum":
                 continue
             gradient = cohort.gradients(groups, gate)
             cohort.update(gradient, gated(seen / (seen + 1), 1.0, gate), gated(1 / (seen + 1), 0.0, gate))
             cohort.correct()
             cohort.settle()
-            bucket.counters[cohort.rows] = torch.tensor([cohort.step, cohort.updates, 1])
+            cohort.warm = True
+            cohort.count(cohort.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from .checks import check_choice
 from .storage import Bucket
+
+_SMALL = 1 << 13
+"""Entries up to which tensors are copied side by side, to be looked at together."""
 
 
 class NonFiniteGradient(FloatingPointError):
@@ -49,13 +53,13 @@ def check_finite(named: Sequence[Named], mode: str, masked: dict[str, Tensor]) -
     Raises:
         NonFiniteGradient: where the mode says so.
     """
-    check_choice("on_nonfinite", mode, ("auto", "raise", "mask"))
+    check_choice("on_nonfinite", mode, ("auto", "raise", "mask", "off"))
     named = [one for one in named if one[1].numel()]
-    if not named:
+    if not named or mode == "off":
         return None
     gradients = [gradient for _, gradient, _ in named]
     if raises(mode, gradients[0].device):
-        # A finite Euclidean norm is the quickest proof; only a square that overflows needs a second look.
+        # A finite Euclidean norm is a proof; only a square that overflows needs a second look.
         if not _finite(gradients, 2).all():
             pairs = zip(_fits(named).tolist(), _finite(gradients, torch.inf).tolist(), strict=True)
             bad = [
@@ -76,12 +80,58 @@ def check_finite(named: Sequence[Named], mode: str, masked: dict[str, Tensor]) -
     return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
 
 
+class Proof:
+    """The quickest proof on a CPU that gradients and their squares are finite; where it fails, they may still be.
+
+    Large tensors are multiplied by themselves; small ones together, after they are copied side by side.
+
+    Args:
+        parameters: that have the gradients; kept from step to step.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._large = [one for one in parameters if one.numel() > _SMALL]
+        small: dict[torch.dtype, list[Tensor]] = {}
+        for one in parameters:
+            if one.numel() <= _SMALL:
+                small.setdefault(one.dtype, []).append(one)
+        self._small = [(mine, *_side_by_side(mine)) for mine in small.values()]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the copies."""
+        return sum(flat.numel() * flat.element_size() for _, flat, _ in self._small)
+
+    def holds(self) -> bool:
+        """Whether all is well for sure."""
+        large = [one.grad for one in self._large if one.grad is not None]
+        small = [[one.grad for one in mine if one.grad is not None] for mine, _, _ in self._small]
+        everything = [one for some in (large, *small) for one in some]
+        if not all([one.is_cpu and one.layout is torch.strided for one in everything]):
+            return False
+        if not all([one.is_contiguous() for one in large]):
+            return False
+        sums = [torch.dot(flat, flat) for flat in (one.view(-1) for one in large)]
+        for (_, flat, windows), gradients in zip(self._small, small, strict=True):
+            torch._foreach_copy_(windows, gradients)
+            sums.append(torch.dot(flat, flat))
+        return all(math.isfinite(float(one)) for one in sums)
+
+
+def _side_by_side(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    sizes = [one.numel() for one in like]
+    flat = torch.empty(sum(sizes), dtype=like[0].dtype)
+    return flat, [window.view(one.shape) for window, one in zip(flat.split(sizes), like, strict=True)]
+
+
 def _finite(gradients: list[Tensor], order: float) -> Tensor:
     """Whether the norm of each gradient is finite, on the first one's device."""
     if not gradients:
         return torch.ones(0, dtype=torch.bool)
     norms = torch._foreach_norm(gradients, order)
-    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).isfinite()
+    if any([one.dtype is not norms[0].dtype or one.device != norms[0].device for one in norms]):
+        norms = tuple(one.to(norms[0].device, torch.float64) for one in norms)
+    return torch.stack(norms).isfinite()
 
 
 def _fits(named: Sequence[Named]) -> Tensor:

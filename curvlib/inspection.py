@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import Block, State
 from .checks import Flags
-from .health import Health, health_of
+from .health import Health, Proof, health_of
 from .precision import full_precision
 from .recipe import Recipe
 from .routing import Table
@@ -62,6 +62,7 @@ class Inspection:
     _storage: Storage
     _masked: dict[str, Tensor]
     _taps: Taps
+    _proof: tuple[Any, Proof] | None
 
     def _recipes(self) -> dict[Unit, Recipe]:
         raise NotImplementedError
@@ -128,7 +129,7 @@ class Inspection:
         return health_of(self._storage.buckets, self._masked)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of optimizer state by role: statistics, roots, momentum, …; gradients and signals in ``workspace``."""
+        """Bytes of optimizer state by role: statistics, roots, momentum, …; gradients and signals in ``workspace``, as of now."""
         self._bind()
         total: dict[str, int] = {}
         for bucket in self._storage.buckets:
@@ -136,6 +137,8 @@ class Inspection:
                 total[role] = total.get(role, 0) + size
         if heard := self._taps.nbytes():
             total["workspace"] = total.get("workspace", 0) + heard
+        if self._proof is not None:
+            total["workspace"] = total.get("workspace", 0) + self._proof[1].nbytes
         return total
 
     def __repr__(self) -> str:

@@ -26,7 +26,7 @@ from .ranks import Ranks
 from .recipe import Recipe
 from .routing import Table
 from .taps import Taps
-from .units import Unit
+from .units import Lineup, Unit
 
 
 class Listening(Ranks):
@@ -36,7 +36,6 @@ class Listening(Ranks):
     state: Any
     loss_scale: float | Callable[[], float]
     seed: int
-    _steps_itself: bool = True
     _steps: int
     _slots: dict[Tensor, Slot]
     _readings: dict[Tensor, list[Reading]]
@@ -98,14 +97,12 @@ class Listening(Ranks):
             )
         return means if self._exchange is None else self._shared(means, heard)
 
-    def _only_prepares(self, active: Sequence[Unit]) -> bool:
+    def _only_prepares(self, lineup: Lineup) -> bool:
         """Whether a step of size zero along no gradient, of which nothing was heard, only creates the state.
 
         Distributed checkpoints of torch take such a step to find out what an optimizer keeps.
         """
-        recipes = [self._recipes()[unit] for unit in active]
-        asks = any(one.moment.listens or one.moment.extra or one.rule.model for one in recipes)
-        if not (asks and self._taps.silent and all(float(group["lr"]) == 0 for group in self.param_groups)):
+        if not (lineup.asks and self._taps.silent and all(float(group["lr"]) == 0 for group in self.param_groups)):
             return False
         return not any(one.grad is not None and one.grad.any() for one in self._parameters())
 
@@ -156,6 +153,9 @@ class Listening(Ranks):
         self._all_units()
         if self._taps.pausing:
             return
+        if self._taps.abandoned:  # gradients were dropped and no backward pass came
+            self._taps.abandon()
+            self._passes.clear()
         self._taps.renew()
         if outputs is not None:
             self._observe_outputs(outputs, likelihood, mask, generator, scale)
@@ -317,6 +317,8 @@ class Listening(Ranks):
         Raises:
             TapError: where there is no closure to do so.
         """
+        if not self._taps.ears:
+            return []
         recipes = self._recipes()
         ears = [self._taps.ears[unit.lead] for unit in active if unit.lead in self._taps.ears]
         mine = [ear.unit for ear in ears if ear.due and ear.block.again and recipes[ear.unit].root.exponent]

@@ -14,7 +14,7 @@ from . import engine
 from .blocks import Means
 from .checks import Flags, check_group, resolve
 from .distributed import Exchange
-from .health import Named, check_finite
+from .health import Named, Proof, check_finite
 from .inspection import Inspection
 from .layers import Reading, Slot, survey
 from .listening import Listening, evidence
@@ -25,7 +25,7 @@ from .routing import Route, Table, as_table
 from .saving import Saving
 from .storage import Storage, structural
 from .taps import Taps
-from .units import Unit, build_units
+from .units import Lineup, Unit, build_units
 
 Tables = Callable[..., Table]
 
@@ -73,13 +73,15 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             Gradients do not have it any more, signals do. A GradScaler without ``unscale_`` tells it by itself.
         seed: of the labels that :meth:`observe` draws; with the number of the step it decides them, also after a resume.
         on_nonfinite: ``"auto"``: a non-finite gradient raises :class:`NonFiniteGradient` before anything changes on a
-            CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere.
+            CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere; ``"off"`` does not look, as
+            torch's own optimizers, which saves a pass over the gradients.
     """
 
     _storage: Storage
     _units: list[Unit] | None
     _cache: _Tables | None
     _resolved: tuple[list[Unit], list[Table], dict[Unit, Recipe]] | None
+    _bound: Lineup | None
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         self.batch_size: int | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
         self.seed = 0
-        self.on_nonfinite: Literal["auto", "raise", "mask"] = "auto"
+        self.on_nonfinite: Literal["auto", "raise", "mask", "off"] = "auto"
         self._forget()
         universal = dict(lr=lr, weight_decay=weight_decay, maximize=maximize, reduction=reduction)
         flags = Flags(foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable)
@@ -232,22 +234,23 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             return loss
         self._schedule()
         self._mute()
-        active, here = self._active()
-        if self._only_prepares(active):
-            self._bind(here)
+        lineup = self._line_up()
+        active = lineup.units
+        if self._only_prepares(lineup):
+            self._bind(lineup)
             if self._shards is not None:
                 self._shards.count(active, self.state, 0)
             return loss
         settings = [self._group_settings(group) for group in self.param_groups]
-        heard, given = self._heard(active, settings), self._given(active, settings)
-        gate = self._check_gradients(here, settings, heard, given)
+        heard, given = (self._heard(active, settings), self._given(active, settings)) if lineup.asks else ({}, {})
+        gate = self._check_gradients(lineup, settings, heard, given)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
         follows = self._follows(active, closure)
-        recipes = self._bind(here)
+        recipes = self._bind(lineup)
         with full_precision():
             buckets, together = self._storage.buckets, self._together(active)
-            finished = engine.directions(buckets, recipes, settings, gate, heard, given, together)
+            finished = engine.directions(buckets, recipes, lineup, settings, gate, heard, given, together)
             found = self._minimise(finished, settings)
             self._move(finished, settings, gate)
         if self._shards is not None:
@@ -322,44 +325,57 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             for unit, recipe in recipes.items()
         }
 
-    def _bind(self, active: Sequence[Unit] = ()) -> dict[Unit, Recipe]:
-        """Make sure that what is active, or has a record, has packed state; returns every unit's recipe."""
+    def _bind(self, lineup: Lineup | None = None) -> dict[Unit, Recipe]:
+        """Make sure that what steps, or has a record, has packed state; returns every unit's recipe."""
         recipes = self._recipes()
-        wanted = set(active)
+        if lineup is not None and self._bound is lineup and self._storage.intact(self.state):
+            return recipes
+        wanted = set() if lineup is None else set(lineup.here)
         members = [unit for unit in recipes if not unit.away and (unit in wanted or unit.lead in self.state)]
         if not self._storage.holds(members, self.state):
             alone = {unit for unit in members if self.param_groups[unit.groups[0]]["foreach"] is False}
             self._storage.bind([(unit, recipes[unit]) for unit in members], self.state, alone)
+        self._bound = lineup
         return recipes
 
     def _check_gradients(
         self,
-        active: list[Unit],
+        lineup: Lineup,
         settings: Sequence[engine.Group],
         heard: Mapping[Unit, Means],
-        given: engine.Given | None = None,
+        given: engine.Given,
     ) -> Tensor | None:
         """Report non-finite gradients and signals by name, or return the gate that masks this step."""
-        recipes = self._recipes()
-        slots = [
-            (settings[group]["reduction_factor"] if recipes[unit].squares else None, slot.name, parameter)
-            for unit in active
-            for slot, parameter, group in zip(unit.slots, unit.operand.parameters, unit.groups, strict=True)
+        divisors = [group["reduction_factor"] for group in settings]
+        if not heard and not given and self._shards is None and self._quickly_proven(lineup, divisors):
+            return None
+        named: list[Named] = [
+            (name, parameter.grad, divisors[group] if squared else None)
+            for name, parameter, group, squared in lineup.watched
+            if parameter.grad is not None
         ]
-        named: list[Named] = [(name, p.grad, divisor) for divisor, name, p in slots if p.grad is not None]
         for name, gradient, _ in named:
-            if gradient.layout != torch.strided:
+            if gradient.layout is not torch.strided:
                 raise RuntimeError(f"{name} has a sparse gradient; use sparse=False in its layer")
         named += [
             (f"the signals of {unit.name}", evidence(value), None)
             for unit, means in heard.items()
             for value, _ in means.values()
         ]
-        for extra, found in (given or {}).items():
-            named += [(f"the {extra} gradient of {name}", found[p], 1.0) for _, name, p in slots if p in found]
+        for extra, found in given.items():
+            named += [
+                (f"the {extra} gradient of {name}", found[p], 1.0) for name, p, *_ in lineup.watched if p in found
+            ]
         if self._shards is None:
             return check_finite(named, self.on_nonfinite, self._masked)
         return self._shards.finite(partial(check_finite, named, self.on_nonfinite, self._masked), self.on_nonfinite)
+
+    def _quickly_proven(self, lineup: Lineup, divisors: Sequence[Any]) -> bool:
+        if self.on_nonfinite not in ("auto", "raise") or any(one != 1.0 for one in divisors):
+            return False
+        if self._proof is None or self._proof[0] is not lineup:
+            self._proof = lineup, Proof([one for _, one, *_ in lineup.watched if one.grad is not None])
+        return self._proof[1].holds()
 
     @torch.no_grad()
     def warm_start(self, batches: Iterable[Any], closure: Callable[[Any], Tensor]) -> int:
@@ -393,13 +409,13 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
 
     def _warm(self, number: int) -> None:
         self._mute()
-        active, here = self._active()
+        lineup = self._line_up()
         settings = [self._group_settings(group) for group in self.param_groups]
-        heard = self._heard(active, settings)
-        gate = self._check_gradients(here, settings, heard)
-        recipes = self._bind(here)
+        heard = self._heard(lineup.units, settings)
+        gate = self._check_gradients(lineup, settings, heard, {})
+        recipes = self._bind(lineup)
         with full_precision():
-            engine.warm(self._storage.buckets, recipes, settings, gate, heard, number)
+            engine.warm(self._storage.buckets, recipes, lineup, settings, gate, heard, number)
         self._taps.settle()
 
     def _forget(self) -> None:
@@ -408,6 +424,9 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         self._units = None
         self._cache = None
         self._resolved = None
+        self._lineup = None
+        self._bound = None
+        self._proof = None
 
 
 def _is_schedule(value: Any) -> bool:

@@ -13,7 +13,7 @@ from .blocks import Means, Sums
 from .distributed import Exchange
 from .engine import Together
 from .recipe import Recipe
-from .units import Unit
+from .units import Lineup, Unit
 
 if TYPE_CHECKING:
     from .sharding import Shards
@@ -25,6 +25,8 @@ class Ranks:
     param_groups: list[dict[str, Any]]
     _exchange: Exchange | None
     _shards: Shards | None
+    _lineup: Lineup | None
+    _steps_itself: bool = True
 
     def _all_units(self) -> list[Unit]:
         raise NotImplementedError
@@ -61,19 +63,23 @@ class Ranks:
             self.process_group = self._shards.everyone
         return self._shards.place(units, recipes)
 
-    def _active(self) -> tuple[list[Unit], list[Unit]]:
-        """The units that have a gradient, and those of them that are computed here; their gradients are here then."""
-        active = [unit for unit in self._all_units() if unit.active()]
+    def _line_up(self) -> Lineup:
+        """The units that have a gradient; gradients of shards are where they are computed then."""
+        units = self._all_units()
+        graded = [one.grad is not None for group in self.param_groups for one in group["params"]]
+        if self._lineup is None or self._lineup.everyone is not units or self._lineup.graded != graded:
+            self._lineup = Lineup(units, graded, self._recipes())
         if self._shards is not None:
             self._shards.gather()
-        return active, [unit for unit in active if not unit.away]
+        return self._lineup
 
     def _together(self, active: Sequence[Unit]) -> Together:
         """What other ranks have a share in."""
         if self._shards is not None:
             clips = dict.fromkeys(self._recipes()[unit].rule.clip for unit in active)
-            return Together(roots.refresh, self._shards.total([clip for clip in clips if clip is not None]))
-        return Together(roots.refresh if self._exchange is None else self._exchange.refresh)
+            total = self._shards.total([clip for clip in clips if clip is not None])
+            return Together(roots.refresh, total, self._steps_itself)
+        return Together(roots.refresh if self._exchange is None else self._exchange.refresh, steps=self._steps_itself)
 
     def _shared(self, means: Mapping[Unit, Means], heard: Mapping[Unit, Sums]) -> dict[Unit, Means]:
         """Means over the examples of all ranks."""

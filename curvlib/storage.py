@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from .blocks import Block, Spec, State, block_for
 from .layout import Layout
 from .recipe import Recipe, Schedule
-from .units import Unit
+from .units import Lineup, Unit
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -77,6 +78,11 @@ class Bucket:
         n, dtype, device = len(units), structure.dtype, structure.device
         # COUNTERS of every unit, on the host: no schedule ever waits for a device.
         self.counters = torch.zeros(n, len(COUNTERS), dtype=torch.int64)
+        # Who took the last step together, by their first row; see :class:`~curvlib.cohort.Members`.
+        self.members: dict[int, Any] = {}
+        # The lineup and the recipes with which all of them stepped together, and that recipe.
+        self.steady: tuple[Lineup, Mapping[Unit, Recipe], Any, Recipe] | None = None
+        self._rows: tuple[Lineup | None, list[int]] = (None, [])
         self.state: State = {}
         for name, spec in self.specs.items():
             self.state[name] = spec.create(n, dtype, device) if self.packed else self._own_tensors(dtype, spec.fill)
@@ -92,6 +98,13 @@ class Bucket:
     def _own_tensors(self, dtype: torch.dtype, fill: float) -> list[Tensor]:
         like = [unit.operand.lead.detach() for unit in self.units]
         return [torch.full_like(one, fill, dtype=dtype, memory_format=torch.preserve_format) for one in like]
+
+    def rows(self, lineup: Lineup) -> list[int]:
+        """The rows of those that take a step."""
+        if self._rows[0] is not lineup:
+            active = set(lineup.units)
+            self._rows = lineup, [row for row, unit in enumerate(self.units) if unit in active]
+        return self._rows[1]
 
     def records(self) -> Iterator[tuple[Tensor, Record]]:
         """The record of every parameter: views of this bucket's state."""
@@ -173,15 +186,19 @@ class Storage:
     """All buckets of an optimizer, and the records that point into them."""
 
     buckets: list[Bucket] = field(default_factory=list)
-    _marks: list[tuple[Tensor, Tensor, torch.device]] = field(default_factory=list)
+    _records: list[Record] = field(default_factory=list)
+    _marks: list[tuple[Record, Tensor, Tensor, torch.device]] = field(default_factory=list)
 
     def holds(self, units: Iterable[Unit], state: dict[Tensor, Record]) -> bool:
         """Whether all units are bound, and their records still are the views that were handed out."""
         bound = {id(unit) for bucket in self.buckets for unit in bucket.units}
-        return all(id(unit) in bound for unit in units) and all(
-            state[parameter].get("step") is step and parameter.device == device
-            for parameter, step, device in self._marks
-        )
+        return all(id(unit) in bound for unit in units) and self.intact(state)
+
+    def intact(self, state: dict[Tensor, Record]) -> bool:
+        """Whether the records of all that is bound still are the views that were handed out."""
+        # No parameter is looked up, since hundreds are asked at every step.
+        same = len(state) == len(self._records) and all(map(is_, state.values(), self._records))
+        return same and all([r.get("step") is step and p.device == device for r, step, p, device in self._marks])
 
     def bind(
         self, units: Iterable[tuple[Unit, Recipe]], state: dict[Tensor, Record], alone: Container[Unit] = ()
@@ -212,7 +229,8 @@ class Storage:
                     if name in old:
                         view.copy_(torch.as_tensor(old[name]).reshape(view.shape))
                 state[parameter] = record
-                self._marks.append((parameter, record["step"], parameter.device))
+                self._marks.append((record, record["step"], parameter, parameter.device))
+        self._records = list(state.values())
 
 
 def structural(recipe: Recipe) -> Recipe:

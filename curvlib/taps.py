@@ -56,6 +56,7 @@ class Taps:
         self._outdated = False  # the same of what was observed
         self._doubted = False  # whether a closure may have dropped gradients behind our back
         self.awaited = False  # whether the backward pass of what was observed last is still to come
+        self._suspended = False  # whether gradients were dropped while it was
         self.observed = 0  # how often since the last step
         self.shared: dict[Tensor, str] = {}  # leads whose layers see no single examples, and why
         self.count_always = False
@@ -305,7 +306,7 @@ class Taps:
 
     def wait(self, value: Tensor) -> None:
         """Something was observed that counts with the gradient of this tensor, which is to come."""
-        self.awaited, taps = True, weakref.ref(self)
+        self.awaited, self._suspended, taps = True, False, weakref.ref(self)
 
         def arrived(_: Tensor) -> None:
             mine = taps()
@@ -326,6 +327,16 @@ class Taps:
         """Gradients were dropped: what was heard goes when something new comes, but for what waits for its gradient."""
         self._stale = self._stale or not self._paused
         self._outdated = self._outdated or not (self._paused or self.awaited)
+        self._suspended = self._suspended or (self.awaited and not self._paused)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether what was observed last before gradients were dropped still waits for its own."""
+        return self._suspended and self.awaited
+
+    def abandon(self) -> None:
+        """Wait no longer."""
+        self.awaited, self._outdated = False, True
 
     def doubt(self) -> None:
         """A closure is about to be evaluated, which may drop gradients without saying so."""

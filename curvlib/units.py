@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -67,6 +67,50 @@ class Unit:
     def active(self) -> bool:
         """Whether any of its parameters has a gradient."""
         return any(parameter.grad is not None for parameter in self.parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class Lineup:
+    """The units that take a step, and what follows from that as long as the same parameters have gradients.
+
+    Args:
+        everyone: all units, in order.
+        graded: for every parameter of the optimizer whether it has a gradient.
+        recipes: of all units.
+
+    Attributes:
+        units: those of which a parameter has a gradient.
+        here: of these, those that this rank computes.
+        asks: whether any of them rests on more than gradients.
+        watched: (name, parameter, number of its group, whether gradients are squared) of these that are here.
+    """
+
+    everyone: Sequence[Unit]
+    graded: Sequence[bool]
+    recipes: InitVar[Mapping[Unit, Recipe]]
+    units: list[Unit] = field(init=False)
+    here: list[Unit] = field(init=False)
+    asks: bool = field(init=False)
+    watched: list[tuple[str, Tensor, int, bool]] = field(init=False)
+
+    def __post_init__(self, recipes: Mapping[Unit, Recipe]) -> None:
+        units = [unit for unit in self.everyone if unit.active()]
+        here = [unit for unit in units if not unit.away]
+        used = [recipes[unit] for unit in units]
+        asks = any(one.moment.listens or one.moment.extra or one.rule.model is not None for one in used)
+        watched = [
+            (slot.name, parameter, group, recipes[unit].squares)
+            for unit in here
+            for slot, parameter, group in zip(unit.slots, unit.operand.parameters, unit.groups, strict=True)
+        ]
+        found = {
+            "units": units,
+            "here": here,
+            "asks": asks,
+            "watched": watched,
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
 def build_units(groups: Groups, slots: Mapping[Tensor, Slot], tables: Sequence[Table]) -> list[Unit]:

@@ -47,6 +47,15 @@ def test_a_gradient_whose_square_overflows_is_named(mode):
     assert torch.equal(model.weight, before)
 
 
+def test_nothing_is_looked_at_where_it_is_switched_off():
+    weight = nn.Parameter(torch.ones(2, 3))
+    optimizer = curvlib.Adam([weight])
+    optimizer.on_nonfinite = "off"
+    weight.grad = torch.full((2, 3), torch.nan)
+    optimizer.step()
+    assert weight.isnan().all()
+
+
 def test_what_is_never_squared_may_be_large():
     model = nn.Linear(3, 2, bias=False)
     optimizer = curvlib.SGD(model, lr=1e-30)
