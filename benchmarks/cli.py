@@ -15,6 +15,7 @@ from .lab import run_lab
 from .methods import METHODS
 from .problems import PROBLEMS
 from .records import Record, RecordError
+from .speed import SpeedError, add_speed, run_speed
 from .study import DIGITS, MAIN, Study, run_study, show
 from .summary import mixed
 
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--threads", type=int, metavar="N", help="threads for torch (default: its own choice, at most 2)"
         )
+    add_speed(commands)
     report = commands.add_parser("report", help="write the report of a results folder again")
     report.add_argument("folder", type=Path, metavar="DIR", help="the results folder of a study")
     return top
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     options = parser().parse_args(arguments)
     try:
         _dispatch(options, console)
-    except (UsageError, DataError, RecordError) as error:
+    except (UsageError, DataError, RecordError, SpeedError) as error:
         return _fail(str(error), console)
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", console)
@@ -103,6 +105,8 @@ def _dispatch(options: argparse.Namespace, console: Console) -> None:
     elif options.command == "lab":
         _set_threads(options.threads)
         run_lab(options.out or Path("results") / "lab", _source(options), console)
+    elif options.command == "speed":
+        run_speed(options, console)
     else:
         _set_threads(options.threads)
         study = DIGITS if options.command == "study" else _study(options)
