@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: study lab test lint format clean
+.PHONY: study lab test suites lint format clean
 
 study: $(VENV)/.study
 	$(BIN)/python -m benchmarks study
@@ -13,6 +13,12 @@ lab: $(VENV)/.study
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# Other projects' tests, where SUITES is a folder that has them; see CONTRIBUTING.md.
+SUITES ?= suites
+
+suites: $(VENV)/.suites
+	$(BIN)/python tests/suites/run.py $(SUITES) --out benchmarks/results/suites
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -36,6 +42,10 @@ $(VENV)/.study: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,study]'
+	touch $@
+
+$(VENV)/.suites: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[suites]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -26,9 +26,18 @@ def kernel_for(cohort: Cohort, groups: Sequence[Group]) -> Kernel | None:
         return None
     if any(groups[group]["reduction_factor"] != 1.0 for group in cohort.members.used):
         return None
-    if _is_adam(cohort.recipe) and cohort.updates == cohort.step:
+    if _is_adam(cohort.recipe) and cohort.updates == cohort.step and _dense(cohort):
         return adam
     return None
+
+
+def _dense(cohort: Cohort) -> bool:
+    """Whether parameters lie in memory as their state does, without gaps: kernels look at nothing but addresses."""
+    parameters = cohort.members.parameters
+    if all([one.is_contiguous() for one in parameters]):
+        return True
+    pairs = zip(parameters, cohort.state["momentum"], strict=True)
+    return all(parameter.stride() == state.stride() for parameter, state in pairs)
 
 
 @lru_cache(maxsize=64)

@@ -187,13 +187,15 @@ def test_parameters_and_gradients_may_lie_in_memory_as_they_like(name):
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, 3, 4, 4, generator=generator, dtype=F64).to(memory_format=torch.channels_last)
         matrix = torch.randn(3, 2, generator=generator, dtype=F64).T
-        parameters = [nn.Parameter(images), nn.Parameter(matrix)]
+        column = torch.randn(5, 2, generator=generator, dtype=F64)
+        parameters = [nn.Parameter(images), nn.Parameter(matrix), nn.Parameter(column[:, 0])]
         optimizer = getattr(home, name)(parameters, lr=1e-2)
         for _ in range(10):
+            parameters[2].grad = torch.randn(5, generator=generator, dtype=F64)
             parameters[0].grad = torch.randn(2, 3, 4, 4, generator=generator, dtype=F64)
             parameters[1].grad = torch.randn(2, 1, generator=generator, dtype=F64).expand(2, 3)
             optimizer.step()
-        results.append([parameter.detach() for parameter in parameters])
+        results.append([*(parameter.detach() for parameter in parameters), column])
     assert distance(*results) <= 1e-12
 
 
