@@ -22,6 +22,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from subject import LEFT_OUT  # noqa: E402
+
+from curvlib.optimizers.catalogue import methods  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--plugins", nargs="+", default=[], metavar="MODULE", help="further pytest plugins")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for suites.json and README.md")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    sys.path.insert(0, str(ROOT))
-    from curvlib.optimizers.catalogue import methods
-
-    names = options.methods or [kind.__name__ for kind in methods().values()]
+    names = options.methods or [kind.__name__ for kind in methods().values() if kind.__name__ not in LEFT_OUT]
     folder = options.folder.resolve()
     there = [suite for suite in SUITES if all((folder / suite.folder / file).is_file() for file in suite.files)]
     for suite in SUITES:
@@ -159,10 +161,11 @@ def write(out: Path, found: dict[str, dict[str, Outcome]]) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "suites.json").write_text(json.dumps(content, indent=1) + "\n")
+    left = "; ".join(f"{name} ({why})" for name, why in LEFT_OUT.items())
     versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     (out / "README.md").write_text(
         "# Other projects' tests\n\nTests passed with each method in the place of the project's own optimizer, by "
-        f"`make suites`; {versions}.\n\n{table(found)}\n"
+        f"`make suites`; {versions}.\n\n{table(found)}\n\nLeft out: {left}.\n"
     )
 
 

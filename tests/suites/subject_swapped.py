@@ -9,7 +9,7 @@ import torch
 from subject import subject
 
 KIND = subject()
-KNOWN = set(inspect.signature(KIND).parameters) - {"flags"}
+KNOWN = {name for base in KIND.__mro__[:2] for name in inspect.signature(base).parameters} - {"flags", "settings"}
 
 
 class Swapped(KIND):  # type: ignore[misc, valid-type]
@@ -32,5 +32,13 @@ class AdamW(Swapped):
     """In the place of torch's."""
 
 
+class OneCycleLR(torch.optim.lr_scheduler.OneCycleLR):
+    """Torch's, which leaves a momentum alone that is not there, as it has to be told."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{"cycle_momentum": bool({"momentum", "betas"} & KNOWN), **settings})
+
+
+torch.optim.lr_scheduler.OneCycleLR = OneCycleLR  # type: ignore[misc]
 for kind in (SGD, Adam, AdamW):
     setattr(torch.optim, kind.__name__, kind)
