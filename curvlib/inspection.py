@@ -129,7 +129,7 @@ class Inspection:
         return health_of(self._storage.buckets, self._masked)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of optimizer state by role: statistics, roots, momentum, …; gradients and signals in ``workspace``, as of now."""
+        """Bytes of optimizer state by role: statistics, roots, momentum, …; in ``workspace``, gradients and signals."""
         self._bind()
         total: dict[str, int] = {}
         for bucket in self._storage.buckets:
