@@ -382,8 +382,9 @@ def cohorts(
         return []
     if not heard and bucket.steady is not None and bucket.steady[0] is lineup and bucket.steady[1] is recipes:
         _, _, members, recipe = bucket.steady
-        if torch.equal(bucket.counters, bucket.counters[:1].expand_as(bucket.counters)):
-            step, updates, warm = bucket.counters[0].tolist()
+        counters = bucket.counters.tolist()
+        if counters.count(counters[0]) == len(counters):
+            step, updates, warm = counters[0]
             return [Cohort(bucket, members, recipe, step, updates, bool(warm), None, given or {})]
     together: dict[tuple[int, int, int, int, bool], list[int]] = {}
     chosen: dict[int, Recipe] = {}

@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
-from ..checks import Flags, check_count, check_number
+from ..checks import Flags, check_choice, check_count, check_number
 from ..finishes import ClipEntries
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule, Schedule
@@ -25,8 +25,8 @@ class SophiaG(CurvatureOptimizer):
         w <- (1 - lr·weight_decay) w - lr clip(m / (ρ B h + ε), 1)
 
     The paper has max(γ h, ε) where the authors' code, and this, has the sum. They take h after a step, to be used from the
-    next; here it is taken before the step at which it is due. ``optimizer.observe(outputs, likelihood)`` between the forward
-    pass and ``backward`` draws the labels, where they are due.
+    next; here it is taken before the step at which it is due. Drawn labels need ``optimizer.observe(outputs, likelihood)``
+    between the forward pass and ``backward``.
 
     Args:
         params: parameters, groups, named parameters, or a model.
@@ -37,6 +37,7 @@ class SophiaG(CurvatureOptimizer):
         weight_decay: decoupled.
         statistics_every: k, in steps.
         eps: ε.
+        labels: ``"sampled"``, or ``"data"``: ĝ is the training gradient (the paper's ablation "E-F+clip").
         maximize: ascend instead.
         reduction: see :class:`CurvatureOptimizer`.
         model: see :class:`CurvatureOptimizer`.
@@ -54,6 +55,7 @@ class SophiaG(CurvatureOptimizer):
         *,
         statistics_every: int = 10,
         eps: float = 1e-15,
+        labels: Literal["sampled", "data"] = "sampled",
         maximize: bool = False,
         reduction: Literal["mean", "sum"] | float = "mean",
         model: nn.Module | None = None,
@@ -72,12 +74,21 @@ class SophiaG(CurvatureOptimizer):
             batch=batch,
             statistics_every=statistics_every,
             eps=eps,
+            labels=labels,
             **flags,
         )
 
 
-def sophia_g(betas: tuple[float, float], rho: float, batch: int, statistics_every: int, eps: float) -> Table:
+def sophia_g(
+    betas: tuple[float, float],
+    rho: float,
+    batch: int,
+    statistics_every: int,
+    eps: float,
+    labels: Literal["sampled", "data"] = "sampled",
+) -> Table:
     """Everything: the diagonal of drawn labels' second moment, to the power -1."""
+    check_choice("labels", labels, ("sampled", "data"))
     check_number("rho", rho, strict=True)
     check_count("batch", batch)
     scale = 1 / (rho * batch)
@@ -85,7 +96,7 @@ def sophia_g(betas: tuple[float, float], rho: float, batch: int, statistics_ever
         Route(
             Recipe(
                 DIAGONAL,
-                Moment("gradient", beta=betas[1], labels="sampled"),
+                Moment("gradient", beta=betas[1], labels=labels),
                 Root(1, Damping(eps * scale)),
                 Rule(Momentum(betas[0], "ema"), finish=(ClipEntries(1.0, scale),)),
                 Schedule(statistics_every),

@@ -168,10 +168,11 @@ def test_clipped_and_scaled_steps():
     torch.testing.assert_close(floored, 0.1 * direction)
 
 
-def test_sophia_is_its_equations():
+@pytest.mark.parametrize("labels", ["sampled", "data"])
+def test_sophia_is_its_equations(labels):
     start, rho, size, eps, lr, decay = network(), 0.5, 20, 1e-15, 1e-2, 0.1
     model = copy.deepcopy(start)
-    optimizer = curvlib.SophiaG(model, lr, (0.9, 0.8), rho, size, decay, statistics_every=3, eps=eps)
+    optimizer = curvlib.SophiaG(model, lr, (0.9, 0.8), rho, size, decay, statistics_every=3, eps=eps, labels=labels)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     average, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
     clipped = 0
@@ -182,6 +183,7 @@ def test_sophia_is_its_equations():
         outputs = model(x)
         optimizer.observe(outputs, "categorical", generator=torch.Generator().manual_seed(t))
         drawn = curvlib.sample_labels(outputs, "categorical", torch.Generator().manual_seed(t))
+        drawn = drawn if labels == "sampled" else y
         own = torch.autograd.grad(
             nn.functional.cross_entropy(outputs, drawn), list(model.parameters()), retain_graph=True
         )

@@ -33,11 +33,18 @@ class TNT(curvlib.TNT):
         super().__init__(params, lr, **{"labels": "data", **settings})
 
 
+class SophiaG(curvlib.SophiaG):
+    """With the gradients at hand, too."""
+
+    def __init__(self, params: Any, lr: Any = 1e-3, **settings: Any) -> None:
+        super().__init__(params, lr, **{"labels": "data", **settings})
+
+
 def subject() -> type[curvlib.CurvatureOptimizer]:
     """The class; methods that hear layers use gradients here, since these suites give parameters alone."""
     warnings.simplefilter("ignore", TapWarning)
     name = os.environ["CURVLIB_SUBJECT"]
-    return TNT if name == "TNT" else methods()[name.lower()]
+    return {"TNT": TNT, "SophiaG": SophiaG}.get(name) or methods()[name.lower()]
 
 
 def settings() -> list[dict[str, Any]]:
