@@ -85,6 +85,16 @@ class Outcome:
 
 
 def run(suite: Suite, method: str, folder: Path, plugins: Sequence[str]) -> Outcome:
+    """One suite with one method; where a test fails, twice, since one of them looks at the free memory of the machine."""
+    first = run_once(suite, method, folder, plugins)
+    if not first.failed:
+        return first
+    second = run_once(suite, method, folder, plugins)
+    names = tuple(name for name in first.names if name in second.names)
+    return Outcome(first.passed + first.failed - len(names), first.skipped, len(names), names)
+
+
+def run_once(suite: Suite, method: str, folder: Path, plugins: Sequence[str]) -> Outcome:
     """One suite with one method, in a process of its own."""
     paths = [ROOT, HERE, *(folder / suite.name / path for path in suite.paths)]
     environment = {
@@ -165,7 +175,7 @@ def write(out: Path, found: dict[str, dict[str, Outcome]]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     (out / "README.md").write_text(
         "# Other projects' tests\n\nTests passed with each method in the place of the project's own optimizer, by "
-        f"`make suites`; {versions}.\n\n{table(found)}\n\nLeft out: {left}.\n"
+        f"`make suites`; {versions}. A test counts as failed where it failed twice.\n\n{table(found)}\n\nLeft out: {left}.\n"
     )
 
 

@@ -53,7 +53,7 @@ def settings() -> list[dict[str, Any]]:
     Parameters without a gradient signal must not move, which a decay that a method has by default would let them; and a hook
     of one test looks for an lr of 0.003, which may be no default, as it is SOAP's.
     """
-    takes = inspect.signature(subject()).parameters
+    takes = inspect.signature(methods()[os.environ["CURVLIB_SUBJECT"].lower()]).parameters
     still = {"weight_decay": 0.0} if "weight_decay" in takes and takes["weight_decay"].default else {}
     other = {"lr": 2e-3} if takes["lr"].default == 3e-3 else {}
     tried = [*SETTINGS["default"], *SETTINGS.get(subject().__name__, [])]

@@ -10,7 +10,7 @@ from torch.testing._internal.common_optimizers import OptimizerInfo, OptimizerIn
 
 def inputs(device: object, dtype: object = None) -> list[OptimizerInput]:
     """Every setting, and a step size that is a tensor."""
-    tried = [*settings(), {"lr": torch.tensor(1e-3)}]
+    tried = [*settings(), {**settings()[0], "lr": torch.tensor(1e-3)}]
     return [OptimizerInput(params=None, kwargs=dict(one), desc=str(one)) for one in tried]
 
 
