@@ -16,6 +16,7 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from . import planes
 from .checks import number as as_float
 from .layout import Region
 from .precision import flush_subnormals_
@@ -64,6 +65,9 @@ def accumulate(factor: Tensor, block: Tensor, number: int, keep: Weight, gain: W
     """
     ties = block.shape[1]
     x = block.movedim(2 + number, 1).flatten(2)  # own f (tied others)
+    if factor.ndim == 3 and x.shape[-1] == 1 and planes.laid(factor):
+        planes.accumulate(factor, x[..., 0], keep, gain)
+        return
     if isinstance(keep, Tensor) or isinstance(gain, Tensor):
         factor.mul_(keep)
         keep, x_gain = 1.0, x * gain

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import planes
 from .precision import copy_flushed_
 
 SILENT = 1e-30
 """A factor whose relative damping is no larger has no signal yet; its inverse would leave the range of float32."""
 
 _JITTER = 1e-6
-_WORKSPACE = 1 << 24  # entries of one chunk of a batched solve
+_TRIANGULAR = 256  # rows up to which two batched calls are faster on a CPU than one call a matrix with fewer operations
 Solution = tuple[Tensor, Tensor]
 
 
@@ -184,7 +185,7 @@ def refresh(jobs: Iterable[RootJob]) -> None:
     batches: dict[tuple[int, torch.device, How], list[RootJob]] = defaultdict(list)
     for job in jobs:
         size = job.factor.shape[-1]
-        step = max(1, _WORKSPACE // (size * size))
+        step = max(1, _workspace(job.factor.device) // (size * size))
         for first in range(0, job.factor.shape[0], step):
             part = job.rows(first, first + step)
             batches[size, part.factor.device, part.how].append(part)
@@ -193,12 +194,17 @@ def refresh(jobs: Iterable[RootJob]) -> None:
             _refresh_chunk(chunk, how)
 
 
+def _workspace(device: torch.device) -> int:
+    """Entries of one chunk of a batched solve; on a CPU they stay in its caches."""
+    return 1 << 21 if device.type == "cpu" else 1 << 24
+
+
 def _chunks(jobs: list[RootJob], size: int) -> Iterable[list[RootJob]]:
     chunk: list[RootJob] = []
     filled = 0
     for job in jobs:
         entries = job.factor.shape[0] * size * size
-        if chunk and filled + entries > _WORKSPACE:
+        if chunk and filled + entries > _workspace(job.factor.device):
             yield chunk
             chunk, filled = [], 0
         chunk.append(job)
@@ -211,11 +217,12 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
         return torch.as_tensor(value, dtype=how.dtype, device=job.factor.device).expand(job.factor.shape[0])
 
     factor = _join([job.factor for job in jobs]).to(how.dtype)
-    scale = _join([rows(job.scale, job) for job in jobs])
     damping = _join([rows(job.damping, job) for job in jobs])
     previous = _join([job.root for job in jobs]).to(how.dtype) if SOLVERS[how.solver].warm else None
     try:
-        root, residual = solve(factor * scale[:, None, None], damping, how, previous)
+        if any(isinstance(job.scale, Tensor) or job.scale != 1.0 for job in jobs):
+            factor = factor * _join([rows(job.scale, job) for job in jobs])[:, None, None]
+        root, residual = solve(factor, damping, how, previous)
     except RuntimeError as error:  # without memory old roots stay, and are counted
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
@@ -291,15 +298,15 @@ def _mean_eigenvalue(matrix: Tensor) -> Tensor:
 
 
 def _probe(matrix: Tensor) -> Tensor:
-    """A fixed vector of ±1, ``[f, 1]``; a factor may well be orthogonal to it, so nothing is divided by its image."""
+    """A fixed vector of ±1, ``[f]``; a factor may well be orthogonal to it, so nothing is divided by its image."""
     number = torch.arange(matrix.shape[-1], device=matrix.device)
-    return torch.where((number * 2654435761) % 4294967296 < 2147483648, 1.0, -1.0).to(matrix.dtype)[:, None]
+    return torch.where((number * 2654435761) % 4294967296 < 2147483648, 1.0, -1.0).to(matrix.dtype)
 
 
 def _judged(solution: Solution) -> Solution:
     """Make every failure an infinite residual; an entry that is not finite shows in the root's image of the probe."""
     root, residual = solution
-    finite = (root @ _probe(root)).isfinite().flatten(1).all(1) & residual.isfinite()
+    finite = _image(root).isfinite().all(1) & residual.isfinite()
     return root, torch.where(finite, residual, torch.inf)
 
 
@@ -307,7 +314,9 @@ def damped(matrix: Tensor, damping: Tensor, how: How) -> Tensor:
     """F + λI, ``[N, f, f]``, for a plain ``how``; the identity where a factor has no signal yet (see :class:`How`)."""
     shifted = matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    return shifted if how.floor is None else torch.where(damping[:, None, None] > SILENT, shifted, _identity(matrix))
+    if how.floor is None or (matrix.device.type == "cpu" and bool((damping > SILENT).all())):
+        return shifted
+    return torch.where(damping[:, None, None] > SILENT, shifted, _identity(matrix))
 
 
 def _identity(matrix: Tensor) -> Tensor:
@@ -316,17 +325,34 @@ def _identity(matrix: Tensor) -> Tensor:
 
 def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     shifted, identity = damped(matrix, damping, how), _identity(matrix)
+    if planes.suits(len(matrix), matrix.shape[-1], matrix.device):
+        root, failed = planes.inverse(shifted)
+        return root, torch.where(failed, torch.inf, _residual(shifted, root))
     lower, failed = torch.linalg.cholesky_ex(shifted)
-    if matrix.device.type == "cpu":
-        if failed.any():  # what failed may be singular
-            lower = torch.where(failed[:, None, None] == 0, lower, identity)
+    if matrix.device.type == "cpu" and failed.any():  # what failed may be singular
+        lower = torch.where(failed[:, None, None] == 0, lower, identity)
+    if matrix.device.type == "cpu" and matrix.shape[-1] > _TRIANGULAR:
         root = torch.cholesky_inverse(lower).mT  # symmetric, but laid out by columns
     else:
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         root = inverse.mT @ inverse
-    probe = _probe(matrix)
-    residual = (shifted @ (root @ probe) - probe).norm(dim=(-2, -1)) / probe.norm()
-    return root, torch.where(failed == 0, residual, torch.inf)
+    return root, torch.where(failed == 0, _residual(shifted, root), torch.inf)
+
+
+def _residual(shifted: Tensor, root: Tensor) -> Tensor:
+    """‖(F + λI) X v - v‖ / ‖v‖, ``[N]``."""
+    probe = _probe(root)
+    return (_times(shifted, _image(root)) - probe).norm(dim=1) / probe.norm()
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """A vector for every matrix, ``[N, f]``."""
+    return planes.times(matrix, vectors) if planes.laid(matrix) else (matrix @ vectors[:, :, None])[:, :, 0]
+
+
+def _image(root: Tensor) -> Tensor:
+    """The probe's image under every root, ``[N, rows]``."""
+    return (root.flatten(0, 1) @ _probe(root)).view(root.shape[:2])
 
 
 def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
@@ -342,7 +368,7 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         if how.floor is not None:
             powered = torch.where(damping[:, None] > SILENT, powered, 1.0)
         root = (vectors * powered[:, None, :]) @ vectors.mT
-    probe = _probe(matrix)
+    probe = _probe(matrix)[:, None]
     error = (matrix @ probe - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
     norm = values.abs().amax(-1) * probe.norm()
     return root, torch.where(norm > 0, error / norm, error)

@@ -113,7 +113,7 @@ def test_jobs_of_one_size_are_solved_in_one_call(monkeypatch):
 
 
 def test_a_large_job_is_cut_to_a_bounded_workspace(monkeypatch):
-    monkeypatch.setattr("curvlib.roots._WORKSPACE", 3 * 16)
+    monkeypatch.setattr("curvlib.roots._workspace", lambda device: 3 * 16)
     sizes = []
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or eigh(matrix))

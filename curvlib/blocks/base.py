@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .. import planes
 from ..contraction import gradients, slices
 from ..layout import Layout
 from ..moments import Weight
@@ -37,6 +38,7 @@ class Spec:
         identity: start as identity matrices times ``fill`` instead.
         of_input: a statistic of a layer's inputs alone, which scales with no gradient.
         order: of the moment: 2 for squares and products of gradients, 1 for gradients.
+        planes: square matrices, read as symmetric, which may lie by planes, see :mod:`curvlib.planes`.
         rows: whether, in a structure that is ``rowwise``, it runs along the operand's first axis, instead of being shared.
     """
 
@@ -48,13 +50,17 @@ class Spec:
     of_input: bool = False
     order: Literal[1, 2] = 2
     rows: bool = True
+    planes: bool = False
 
     def create(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The initial state of n operands."""
         full = (n, *self.shape)
-        if self.identity:
-            return self.fill * torch.eye(self.shape[-1], dtype=self.dtype or dtype, device=device).expand(full).clone()
-        return torch.full(full, self.fill, dtype=self.dtype or dtype, device=device)
+        if not self.identity:
+            return torch.full(full, self.fill, dtype=self.dtype or dtype, device=device)
+        each = self.fill * torch.eye(self.shape[-1], dtype=self.dtype or dtype, device=device).expand(full)
+        if self.planes and planes.suits(math.prod(full[:-2]), full[-1], device):
+            return planes.lay(each)
+        return each.clone()
 
 
 @dataclass

@@ -59,7 +59,7 @@ class StandardBlock(Block):
             dense = not factor.diagonal
             name = place.name
             specs[f"factor_{name}"] = Spec(
-                (rows, *factor.shape), fill=self._initial, identity=dense, of_input=place.source == 1
+                (rows, *factor.shape), fill=self._initial, identity=dense, of_input=place.source == 1, planes=dense
             )
             specs.update(self._root_spec(name, rows, factor))
             if dense:

@@ -93,7 +93,8 @@ class WindowBlock(Block):
         """A job for the small matrix of every block."""
         power = float(recipe.root.exponent)
         how = self._how(recipe, state["weight"].dtype)
-        for index, m, damping in self._prepared(state, recipe, scale):
+        for index in range(len(self.layout.regions)):
+            m, damping = self._matrix(state, recipe, scale, index)
             state[f"damping_{index}"].flatten().copy_(damping)
             core = state[f"core_{index}"].flatten(0, 1)
             values = None if power == 1 else state[f"values_{index}"].flatten(0, 1)
@@ -113,19 +114,18 @@ class WindowBlock(Block):
             return chosen(How(1.0, recipe.root.solver, dtype, tolerance=tolerance, basis=True))
         return chosen(How(1.0, recipe.root.solver, dtype, floor=floor, tolerance=tolerance))
 
-    def _prepared(self, state: State, recipe: Recipe, scale: float) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(region, M, λ) with M ``[n * blocks, W, W]`` and λ ``[n * blocks]``."""
-        for index, region in enumerate(self.layout.regions):
-            gram, root = state[f"gram_{index}"].flatten(0, 1), self._weights(state, region.blocks, scale).sqrt()
-            m = root[:, :, None] * gram * root[:, None, :]
-            rule, value = recipe.damping, number(recipe.damping.value)
-            damping = m.new_full((m.shape[0],), value)
-            if rule.relative_to is not None:
-                mean = m.diagonal(dim1=1, dim2=2).sum(1) / max(1, region.factors[0].size)
-                if rule.relative_to == "layer":
-                    mean = mean.unflatten(0, (-1, region.blocks)).mean(1).repeat_interleave(region.blocks)
-                damping = (value * mean).clamp_min(number(rule.floor))
-            yield index, m, damping
+    def _matrix(self, state: State, recipe: Recipe, scale: float, index: int) -> tuple[Tensor, Tensor]:
+        """M ``[n * blocks, W, W]`` and λ ``[n * blocks]`` of a region."""
+        region = self.layout.regions[index]
+        gram, root = state[f"gram_{index}"].flatten(0, 1), self._weights(state, region.blocks, scale).sqrt()
+        m = (root[:, :, None] * gram).mul_(root[:, None, :])
+        rule, value = recipe.damping, number(recipe.damping.value)
+        if rule.relative_to is None:
+            return m, m.new_full((m.shape[0],), value)
+        mean = m.diagonal(dim1=1, dim2=2).sum(1) / max(1, region.factors[0].size)
+        if rule.relative_to == "layer":
+            mean = mean.unflatten(0, (-1, region.blocks)).mean(1).repeat_interleave(region.blocks)
+        return m, (value * mean).clamp_min(number(rule.floor))
 
     def _weights(self, state: State, blocks: int, scale: float) -> Tensor:
         """``[n * blocks, W]``."""
@@ -135,40 +135,37 @@ class WindowBlock(Block):
         """Two passes over the window."""
         cores = list(self._cores(state, recipe, exponent, scale))
         directions = []
-        for (index, plain, core), block in zip(cores, self.layout.block(operand), strict=True):
+        for (index, plain, share, core), block in zip(cores, self.layout.block(operand), strict=True):
             root = self._weights(state, self.layout.regions[index].blocks, scale).sqrt()[:, None]
             window = state[f"window_{index}"].flatten(0, 1)  # own W f
-            along = root * torch.bmm(root * torch.bmm(block, window.mT), core)  # own 1 W; the core is symmetric
+            seen = root * torch.bmm(block, window.mT) * share[:, None, None]  # own 1 W
+            along = root * torch.bmm(seen, core)  # the core is symmetric
             directions.append(flush_subnormals_(torch.baddbmm(plain[:, None, None] * block, along, window)))
         return self.layout.unblock(directions, operand)
 
     def _cores(
         self, state: State, recipe: Recipe, exponent: float, scale: float
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(region, a, C) so that the power is aI + AᵀCA."""
-        for index, m, damping in self._prepared(state, recipe, scale):
-            if exponent == -1:
-                yield (
-                    index,
-                    m.new_zeros(m.shape[0]),
-                    torch.eye(self._length, dtype=m.dtype, device=m.device).expand_as(m),
-                )
-                continue
-            stored = exponent == recipe.root.exponent
-            λ = state[f"damping_{index}"].flatten() if stored else damping * float(exponent > 0)
-            silent = (λ <= SILENT) & (recipe.damping.relative_to is not None and exponent > 0)
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """(region, a, c, C) so that the power is aI + c AᵀCA."""
+        stored = exponent == recipe.root.exponent
+        for index in range(len(self.layout.regions)):
+            λ, core = state[f"damping_{index}"].flatten(), state[f"core_{index}"].flatten(0, 1)
             if stored and self._inverse:
-                plain, core = 1 / λ, state[f"core_{index}"].flatten(0, 1) / -λ[:, None, None]
+                plain, share = 1 / λ, -1 / λ
+            elif exponent == -1:
+                plain, share = torch.zeros_like(λ), torch.ones_like(λ)
+                core = torch.eye(self._length, dtype=core.dtype, device=core.device).expand_as(core)
             else:
                 if stored:
-                    vectors, values = (state[f"{name}_{index}"].flatten(0, 1) for name in ("core", "values"))
+                    vectors, values = core, state[f"values_{index}"].flatten(0, 1)
                 else:
-                    basis = chosen(How(1.0, "auto", m.dtype, basis=True))
-                    solved, _ = solve(m, torch.zeros_like(damping), basis)
-                    vectors, values = solved[:, :-1], solved[:, -1]
-                plain, share = _shares(values, λ, exponent)
-                core = (vectors * share[:, None, :]) @ vectors.mT
-            yield index, torch.where(silent, 1.0, plain), torch.where(silent[:, None, None], 0.0, core)
+                    m, damping = self._matrix(state, recipe, scale, index)
+                    solved, _ = solve(m, torch.zeros_like(λ), chosen(How(1.0, "auto", m.dtype, basis=True)))
+                    vectors, values, λ = solved[:, :-1], solved[:, -1], damping * float(exponent > 0)
+                plain, shares = _shares(values, λ, exponent)
+                share, core = torch.ones_like(plain), (vectors * shares[:, None, :]) @ vectors.mT
+            silent = (λ <= SILENT) & (recipe.damping.relative_to is not None and exponent > 0)
+            yield index, torch.where(silent, 1.0, plain), torch.where(silent, 0.0, share), core
 
     def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
         """Σ_k w_k g_k g_kᵀ, put in place."""

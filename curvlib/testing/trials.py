@@ -98,11 +98,12 @@ class Trial:
         return held
 
     def tolerance(self, dense: Tensor, exponent: float) -> float:
-        """What rounding may do to (curvature + λ)^-p times a vector: c D (1 + |p|) κ u."""
+        """What rounding may do to (curvature + λ)^-p times a vector: c D (1 + |p|) κ u, with D rows in what is solved."""
         values = torch.linalg.eigvalsh(dense.double())
         least = self.damping if exponent > 0 else 1.0
         kappa = 1.0 if exponent <= 0 else float(values.abs().max()) / least + 1.0
-        return 32 * max(1, self.numel) * (1 + abs(exponent)) * kappa * torch.finfo(self.dtype).eps
+        rows = max(1, self.numel, self.recipe.moment.window or 1)
+        return 32 * rows * (1 + abs(exponent)) * kappa * torch.finfo(self.dtype).eps
 
 
 class Held:
