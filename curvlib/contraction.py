@@ -25,13 +25,14 @@ import opt_einsum
 import torch
 from torch import Tensor
 
+from .grams import add_gram, add_grams
 from .layout import Layout, Region
 from .signals import Index, Signal
 
 LIMIT = 1 << 24
 """Entries of the largest intermediate."""
 
-_PANEL = 128  # columns of a large Gram matrix that are computed at once on a CPU
+_TRAFFIC = 32  # multiplications in the time that an entry of an intermediate takes to be written and read
 _EXAMPLE, _HERE, _THERE = "x", "y", "z"  # n, t, t'
 
 
@@ -163,34 +164,12 @@ def add_samples(targets: Sequence[Target], layout: Layout, signals: Sequence[Sig
         for target in built:
             region = layout.regions[target.region]
             block = blocks[target.region].unflatten(0, (n, region.blocks)).transpose(0, 1).flatten(1, 2)
-            _add_gram(target.sum, block.movedim(2 + target.number, 1).flatten(2).mT, gain / region.ties)
-
-
-def _add_gram(total: Tensor, rows: Tensor, gain: float, keep: float = 1.0) -> None:
-    """Add the Gram matrices of ``[B, rows, f]``, or their diagonals, to ``keep`` times what is there."""
-    if total.ndim == 2:
-        _kept(total, keep).add_(rows.square().sum(1), alpha=gain)
-    elif total.shape[0] == 1:
-        _add_one_gram(total[0], rows[0], gain, keep)
-    else:
-        total.baddbmm_(rows.mT, rows, beta=keep, alpha=gain)
+            add_grams(target.sum, block.movedim(2 + target.number, 1).flatten(2).mT, gain / region.ties)
 
 
 def _kept(total: Tensor, keep: float) -> Tensor:
     """What is there, or zero even where it is not finite."""
     return total if keep == 1.0 else total.zero_()
-
-
-def _add_one_gram(total: Tensor, rows: Tensor, gain: float, keep: float = 1.0) -> None:
-    """Add a Gram matrix panel by panel: what lies below the diagonal is copied, not computed."""
-    size = total.shape[0]
-    if size < 2 * _PANEL or total.device.type != "cpu":
-        total.addmm_(rows.mT, rows, beta=keep, alpha=gain)
-        return
-    for first in range(0, size, _PANEL):
-        last = min(size, first + _PANEL)
-        total[first:last, first:].addmm_(rows[:, first:last].mT, rows[:, first:], beta=keep, alpha=gain)
-        total[last:, first:last].copy_(total[first:last, last:].mT)
 
 
 def _axes(signal: Signal) -> tuple[tuple[str, ...], ...]:
@@ -213,10 +192,16 @@ def _densest(signals: Sequence[Signal]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A contraction of the operands: its equation, path, and the entries an example of its largest intermediate."""
+    """A contraction of the operands.
 
-    equation: str
-    path: tuple[tuple[int, ...], ...]
+    Attributes:
+        steps: which operands are contracted, as they stand then, and by which equation; the result goes to the end.
+        result: the letters of the moment.
+        entries: an example, of the largest intermediate.
+    """
+
+    steps: tuple[tuple[tuple[int, ...], str], ...]
+    result: str
     entries: int
 
 
@@ -239,13 +224,14 @@ def _plan(layout: Layout, index: int, number: int, n: int, positions: int, produ
     sizes = {_EXAMPLE: n, _HERE: positions, _THERE: positions, **_sizes(region, names)}
     sizes.update({one.upper(): sizes[one] for one in mine})
     shapes = [tuple(sizes[one] for one in operand) for operand in first + second]
-    path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
+    _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
     entries = math.prod(sizes[one] for one in names.own + names.tied + "".join(names.factors))
     wide = 1 if region.factors[number].diagonal else region.factors[number].size
-    built = 2 * n * positions * entries + 2 * n * entries * wide
-    if float(info.opt_cost) >= built:
+    built = 2 * n * positions * entries + 2 * n * entries * wide + _TRAFFIC * n * entries
+    if float(info.opt_cost) + _TRAFFIC * int(info.largest_intermediate) >= built:
         return None
-    return Plan(equation, tuple(path), int(info.largest_intermediate) // max(1, n) + 1)
+    steps = tuple((tuple(places), step) for places, _, step, *_ in info.contraction_list)
+    return Plan(steps, result, int(info.largest_intermediate) // max(1, n) + 1)
 
 
 def _sizes(region: Region, names: Letters) -> dict[str, int]:
@@ -262,8 +248,25 @@ def _contract(target: Target, layout: Layout, signal: Signal, plan: Plan) -> Non
         for value, axes in [(part.delta, part.delta_axes), *_input(part)]:
             operand, _ = cut(layout, region, value, axes)
             operands.append(operand if part.positions > 1 else operand.squeeze(1))
-        moment = opt_einsum.contract(plan.equation, *operands, *operands, optimize=plan.path)
+        moment = _carried_out(plan, [*operands, *operands])
         target.sum.add_(moment.reshape(target.sum.shape), alpha=signal.gain / region.ties)
+
+
+def _carried_out(plan: Plan, operands: list[Tensor]) -> Tensor:
+    letters_of = plan.result
+    for places, equation in plan.steps:
+        some = [operands.pop(place) for place in places]
+        inputs, letters_of = equation.split("->")
+        first, *others = inputs.split(",")
+        if all(sorted(one) == sorted(first) for one in others) and set(letters_of) < set(first):
+            # Nothing but products of entries, which a product of matrices would take one by one.
+            moved = [torch.einsum(f"{one}->{first}", value) for one, value in zip(others, some[1:], strict=True)]
+            total = math.prod(moved, start=some[0]).sum([first.index(one) for one in first if one not in letters_of])
+            kept = "".join(one for one in first if one in letters_of)
+            operands.append(torch.einsum(f"{kept}->{letters_of}", total))
+        else:
+            operands.append(torch.einsum(equation, *some))
+    return torch.einsum(f"{letters_of}->{plan.result}", operands[0])
 
 
 # -- independent factors -----------------------------------------------------------------------------------------------
@@ -359,7 +362,7 @@ def add_independent(
         order = [here.index(name) for name in own + _EXAMPLE + _HERE + tied + given.factors[place.number]]
         rows = block.permute(order).reshape(total.shape[0], -1, total.shape[-1])
         ties = math.prod(block.shape[here.index(name)] for name in tied)
-        _add_gram(total, rows, (part.gain if place.source == 0 else 1.0) / ties, keep)
+        add_grams(total, rows, (part.gain if place.source == 0 else 1.0) / ties, keep)
         keep = 1.0
 
 
@@ -399,7 +402,7 @@ def _add_joined_gram(total: Tensor, signal: Signal, keep: float) -> None:
     assert isinstance(signal.input, Tensor)
     assert signal.constant is not None
     rows = signal.input.flatten(0, 1)
-    _add_one_gram(total[:-1, :-1], rows, 1.0, keep)
+    add_gram(total[:-1, :-1], rows, 1.0, keep)
     border = rows.mT @ rows.new_full((rows.shape[0],), signal.constant)
     _kept(total[-1], keep)
     _kept(total[:-1, -1], keep)

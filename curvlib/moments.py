@@ -10,7 +10,7 @@ One scale, everywhere: G is the gradient of the mean over examples of per-exampl
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import opt_einsum
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from . import planes
 from .checks import number as as_float
+from .grams import add_grams
 from .layout import Region
 from .precision import flush_subnormals_
 from .recipe import Damping
 
 Weight = float | Tensor
+
+_CACHED = 1 << 18  # entries
 
 
 def equation(region: Region, number: int) -> str:
@@ -68,19 +71,29 @@ def accumulate(factor: Tensor, block: Tensor, number: int, keep: Weight, gain: W
     if factor.ndim == 3 and x.shape[-1] == 1 and planes.laid(factor):
         planes.accumulate(factor, x[..., 0], keep, gain)
         return
+    if factor.ndim == 3 and x.shape[-1] == 1:
+        for one, part in _runs(factor, x):
+            flush_subnormals_(one.mul_(keep).addcmul_(part * gain, part.mT, value=1 / ties))
+        return
     if isinstance(keep, Tensor) or isinstance(gain, Tensor):
         factor.mul_(keep)
-        keep, x_gain = 1.0, x * gain
+        weighted = x * gain
+        if factor.ndim == 2:
+            factor.add_((x * weighted).sum(-1), alpha=1 / ties)
+        else:
+            factor.baddbmm_(weighted, x.mT, alpha=1 / ties)
     else:
-        x_gain = x
-    alpha = (1.0 if x_gain is not x else float(gain)) / ties
-    if factor.ndim == 2:
-        factor.mul_(keep).add_((x * x_gain).sum(-1), alpha=alpha)
-    elif x.shape[-1] == 1:
-        factor.mul_(keep).addcmul_(x_gain, x.mT, value=alpha)
-    else:
-        factor.baddbmm_(x_gain, x.mT, beta=keep, alpha=alpha)
+        add_grams(factor, x.mT, gain / ties, keep)
     flush_subnormals_(factor)
+
+
+def _runs(factor: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matrices and their vectors, on a CPU as many at a time as stay in its cache between one operation and the next."""
+    if factor.device.type != "cpu" or factor.numel() <= _CACHED:
+        yield factor, x
+        return
+    each = max(1, _CACHED // factor[0].numel())
+    yield from zip(factor.split(each), x.split(each), strict=True)
 
 
 def trace(factor: Tensor) -> Tensor:

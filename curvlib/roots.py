@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from . import planes
+from .inverses import inverse
 from .precision import copy_flushed_
 
 SILENT = 1e-30
 """A factor whose relative damping is no larger has no signal yet; its inverse would leave the range of float32."""
 
 _JITTER = 1e-6
-_TRIANGULAR = 256  # rows up to which two batched calls are faster on a CPU than one call a matrix with fewer operations
 Solution = tuple[Tensor, Tensor]
 
 
@@ -324,19 +324,9 @@ def _identity(matrix: Tensor) -> Tensor:
 
 
 def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
-    shifted, identity = damped(matrix, damping, how), _identity(matrix)
-    if planes.suits(len(matrix), matrix.shape[-1], matrix.device):
-        root, failed = planes.inverse(shifted)
-        return root, torch.where(failed, torch.inf, _residual(shifted, root))
-    lower, failed = torch.linalg.cholesky_ex(shifted)
-    if matrix.device.type == "cpu" and failed.any():  # what failed may be singular
-        lower = torch.where(failed[:, None, None] == 0, lower, identity)
-    if matrix.device.type == "cpu" and matrix.shape[-1] > _TRIANGULAR:
-        root = torch.cholesky_inverse(lower).mT  # symmetric, but laid out by columns
-    else:
-        inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-        root = inverse.mT @ inverse
-    return root, torch.where(failed == 0, _residual(shifted, root), torch.inf)
+    shifted = damped(matrix, damping, how)
+    root, failed = inverse(shifted)
+    return root, torch.where(failed, torch.inf, _residual(shifted, root))
 
 
 def _residual(shifted: Tensor, root: Tensor) -> Tensor:

@@ -200,12 +200,12 @@ def _build(setting: Setting, kind: Kind) -> Contest:
 def _of_gradient(setting: Setting, kind: Kind, recipe: Recipe, sizes: dict[str, int]) -> Contest:
     block = StandardBlock(Partition(kind.partition).layout(sizes), recipe)
     gradient = torch.randn(*sizes.values(), device=setting.device)
-    sums = block.sums(torch.float32, setting.device)
-    state = {name: one[None] for name, one in sums.tensors.items()}
+    specs = {name: spec for name, spec in block.spec().items() if spec.role == "statistics"}
+    state = {name: spec.create(1, torch.float32, setting.device) for name, spec in specs.items()}
     return _contest(
         setting,
         kind,
-        list(sums.tensors.values()),
+        [one[0] for one in state.values()],
         lambda: block.update(state, gradient[None], KEEP, GAIN),
         gradient,
         gradient,
@@ -237,7 +237,7 @@ def _heard(setting: Setting, kind: Kind, recipe: Recipe, sizes: dict[str, int], 
 def _contest(
     setting: Setting, kind: Kind, held: Sequence[Tensor], ours: Callable[[], None], first: Tensor, second: Tensor
 ) -> Contest:
-    mine = [torch.zeros_like(one) for one in held]
+    mine = [torch.zeros(one.shape, device=setting.device) for one in held]
     theirs = partial(kind.hand, mine, first, second)
 
     def difference() -> float:
