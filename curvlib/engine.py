@@ -47,19 +47,30 @@ class Together:
 
 @dataclass
 class Direction:
-    """What one cohort would do.
+    """What one cohort would do, which is computed when it is first looked at, and forgotten when it is done.
 
     Attributes:
         cohort: who.
-        whole: the direction of each of its operands; nothing where a kernel does all of the step at once.
+        gate: 0-d bool, False where the step must change nothing; ``None`` is open.
         shrink: the factor by which all directions are shrunk.
-        kernel: that one.
+        kernel: what does all of the step at once, if anything does.
     """
 
     cohort: Cohort
-    whole: Tensors
+    gate: Tensor | None
     shrink: Tensor | None = None
     kernel: Kernel | None = None
+
+    @cached_property
+    def whole(self) -> Tensors:
+        """The direction of each of the cohort's operands; nothing where a kernel takes the step."""
+        return self.cohort.direct(self.gate) if self.kernel is None else ()
+
+    def forget(self) -> None:
+        """Free the memory of the directions, of which as few as possible are held at a time."""
+        self.cohort.gradient = self.cohort.reference = ()
+        for name in ("whole", "pieces"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def pieces(self) -> list[Piece]:
@@ -116,14 +127,13 @@ def directions(
     together.refresh(due_jobs(composed))
     for cohort in composed:
         cohort.correct()
-    finished = [Direction(cohort, cohort.direct(gate)) for cohort in composed]
+    finished = [Direction(cohort, gate) for cohort in composed]
     sizes = together.total(_clip_sizes(finished, groups))
     shrink = {clip: rules.clip_scale(clip, size) for clip, size in sizes.items()}
     for one in finished:
         clip = one.cohort.recipe.rule.clip
         one.shrink = None if clip is None else shrink[clip]
-    whole = [Direction(cohort, (), kernel=kernels[id(cohort)]) for cohort in active if kernels[id(cohort)] is not None]
-    return finished + whole
+    return finished + [Direction(cohort, gate, None, kernel) for cohort in active if (kernel := kernels[id(cohort)])]
 
 
 def settle(finished: Iterable[Direction]) -> None:
@@ -148,6 +158,7 @@ def advance(finished: Iterable[Direction], groups: Sequence[Group], gate: Tensor
             continue
         one.cohort.remember()
         _update(one, groups, gate)
+        one.forget()
 
 
 def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:

@@ -91,10 +91,13 @@ def graft(
         torch._foreach_mul_(second, gated(beta, 1.0, gate))
         torch._foreach_addcmul_(second, gradient, gradient, value=gain)
         scale = 1 - beta ** (step + 1) if rule.kind == "adam" else 1.0
-        denominator = torch._foreach_sqrt(torch._foreach_div(second, scale))
-        torch._foreach_add_(denominator, number(rule.eps))
-        target = torch._foreach_div(reference, denominator)
+        target = list(torch._foreach_div(second, scale))
+        torch._foreach_sqrt_(target)
+        torch._foreach_add_(target, number(rule.eps))
+        for one, denominator in zip(reference, target, strict=True):
+            torch.div(one, denominator, out=denominator)
     wanted, present = operand_norms(target, packed), operand_norms(direction, packed)
+    del target
     ratios = [
         torch.where(have > 0, want / have, 0.0).to(one.dtype)
         for want, have, one in zip(wanted, present, direction, strict=True)

@@ -279,14 +279,14 @@ def test_a_bias_in_another_group_joins_with_its_own_lr_and_decay():
 def test_many_parameters_in_one_batch_are_as_many_optimizers(name):
     """Bitwise for elementwise methods; to rounding where batched products may sum in another order."""
     torch.manual_seed(0)
-    start = [torch.randn(5, 4) for _ in range(6)]
+    start = [torch.randn(5, 4, dtype=torch.float64) for _ in range(6)]
     together, apart = ([nn.Parameter(one.clone()) for one in start] for _ in range(2))
     batched = METHODS[name](together)
     looped = [METHODS[name]([one]) for one in apart]
     for step in range(10):
         for number, (one, other) in enumerate(zip(together, apart, strict=True)):
             missing = (step + number) % 4 == 0
-            gradient = torch.randn(5, 4)
+            gradient = torch.randn(5, 4, dtype=torch.float64)
             one.grad, other.grad = (None, None) if missing else (gradient, gradient.clone())
         batched.step()
         for optimizer in looped:
@@ -294,7 +294,7 @@ def test_many_parameters_in_one_batch_are_as_many_optimizers(name):
     for one, other in zip(together, apart, strict=True):
         if name in ("sgd", "adam"):
             assert torch.equal(one, other)
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
 def test_schedulers_tensor_rates_and_callables_agree():

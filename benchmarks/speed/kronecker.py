@@ -105,11 +105,11 @@ def _soap(setting: Setting, peer: Callable[[Setting, int], Callable[[list[nn.Par
     """Ten steps, one of which refreshes the bases.
 
     Peers only look at the first gradient, from which the bases are made, and begin with the second; so they are given the
-    first one twice. No refresh is checked, since peers refresh after a step and curvlib before; and matrices are square,
-    whose bases are unique but for signs. In the bases of one gradient all but a diagonal of it is rounding, by which Adam
-    steps, so that the first step does not count.
+    first one twice. No refresh is checked, since peers refresh after a step and curvlib before; and matrices are square and
+    small, whose bases are unique but for signs, and not for the most part rounding. In the bases of one gradient all but a
+    diagonal of it is rounding, by which Adam steps, so that the first step does not count.
     """
-    refresh, side = 10, setting.size(64, 8)
+    refresh, side = 10, setting.size(16, 8)
 
     def ours(every: int) -> Callable[[list[nn.Parameter]], Any]:
         return lambda these: curvlib.SOAP(these, 1e-2, (0.95, 0.95), weight_decay=0.0, refresh_every=every)
@@ -125,7 +125,7 @@ def _soap(setting: Setting, peer: Callable[[Setting, int], Callable[[list[nn.Par
         steps(peer(setting, refresh), gpt(setting), setting),
         difference,
         # A step of Adam has entries of one size whatever the gradient's, so that a small entry's rounding shows.
-        1e-2,
+        ROUNDING,
         turns=setting.size(refresh, 2),
         warm_up=setting.size(refresh, 2),
     )
