@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from curvlib import phases
 from .records import PARTS
 
 REST = PARTS[-1]
+Mark = float | torch.cuda.Event
 
 
 class Clock:
@@ -37,7 +38,7 @@ class Clock:
         self.times: list[float] = []
         self._cuda = device.startswith("cuda")
         self._stack = [REST]
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str, Mark]] = []
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -71,7 +72,7 @@ class Clock:
 
     def _mark(self) -> None:
         """Note when what stood on top of the stack ended, or the step began."""
-        now: float | torch.cuda.Event
+        now: Mark
         if self._cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -86,16 +87,19 @@ class Clock:
     def _count(self, took: float) -> None:
         known = 0.0
         for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
-            if isinstance(begin, float):
-                passed = end - begin  # type: ignore[operator]
-            else:
-                passed = begin.elapsed_time(end) / 1e3  # type: ignore[arg-type]
+            passed = _between(begin, end)
             if name in self.parts and name != REST:
                 self.parts[name] += passed
                 known += passed
         self.parts[REST] += took - known
         self.seconds += took
         self.times.append(took)
+
+
+def _between(begin: Mark, end: Mark) -> float:
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1e3
+    return float(end) - float(begin)  # type: ignore[arg-type]
 
 
 class Peak:
@@ -110,10 +114,8 @@ class Peak:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            try:
+            with suppress(OSError):  # then it is that of the process since its start
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            except OSError:
-                pass  # then it is that of the process since its start
 
     def read(self) -> int:
         """Bytes so far."""

@@ -99,7 +99,8 @@ def method(name: str) -> Method:
         return METHODS[name]
     known = label(name)
     if "=" in name:
-        return replace(method(name.partition("=")[2]), name=name, title=known, settings={}, **_look(known))
+        colour, dash = _look(known)
+        return replace(method(name.partition("=")[2]), name=name, title=known, settings={}, colour=colour, dash=dash)
     if ":" not in name:
         raise UnknownName(
             f"unknown method {name!r}{nearest(name, METHODS)} there are {', '.join(METHODS)}; others are given as "
@@ -120,13 +121,13 @@ def method(name: str) -> Method:
         build = found
     else:
         raise MethodError(f"{name} is no optimizer, function or Method, but {type(found).__name__}")
-    return Method(name, name, build, settings={}, **_look(name))
+    return Method(name, name, build, *_look(name), settings={})
 
 
-def _look(name: str) -> dict[str, str]:
+def _look(name: str) -> tuple[str, str]:
     """A colour and a dash that are always the same for a name."""
     number = sum(name.encode())
-    return {"colour": _COLOURS[number % len(_COLOURS)], "dash": _DASHES[number // len(_COLOURS) % len(_DASHES)]}
+    return _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
 
 
 def module_of(name: str) -> str:

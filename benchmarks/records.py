@@ -184,6 +184,10 @@ class Results:
         Raises:
             RecordError: naming the line that is no record. The last one may be half written, and does not count.
         """
+        self._refresh()
+        return list(self._records.values())
+
+    def _refresh(self) -> None:
         size = self.file.stat().st_size if self.file.is_file() else 0
         if size < self._read:
             self._records, self._read, self._lines = {}, 0, 0
@@ -193,7 +197,6 @@ class Results:
                 for line in file:
                     if line.endswith(b"\n"):
                         self._take(line)
-        return list(self._records.values())
 
     def _take(self, line: bytes) -> None:
         try:
@@ -211,7 +214,7 @@ class Results:
 
     def known(self, spec: Spec) -> Record | None:
         """The record of a run, if it is done."""
-        self.records()
+        self._refresh()
         return self._records.get(spec.key)
 
     def add(self, record: Record) -> None:

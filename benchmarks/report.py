@@ -16,13 +16,14 @@ from .records import Record, write_whole
 from .summary import HEADINGS, Row, as_csv, cells, summarize
 
 
-def write_report(records: Sequence[Record], folder: Path, title: str) -> Path:
+def write_report(records: Sequence[Record], folder: Path, title: str, tuning: Sequence[Record] = ()) -> Path:
     """Write ``index.html``, ``summary.csv`` and the figures; returns the page.
 
     Args:
         records: finished runs.
         folder: where to.
         title: of the page.
+        tuning: trials.
     """
     rows = summarize(records)
     names = list(dict.fromkeys(row.problem for row in rows))

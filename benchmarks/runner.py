@@ -176,7 +176,7 @@ def _run(
                 raise unwritten(checkpoint, error) from None
 
         status = _train(run, bench, save, progress, interrupted, watch)
-        notes = [data.note] if getattr(data, "note", "") else []
+        notes = [data.note] if data.note else []
         if len(run.commits) > 1:
             notes.append(f"Stopped and resumed under several code versions: {', '.join(run.commits)}.")
         record = Record(
@@ -259,7 +259,7 @@ def _step(bench: Bench, arriving: Iterator[Split]) -> float:
         try:
             if _wants_closure(type(optimizer)):
                 with clock.phase("precondition and apply"):
-                    loss = optimizer.step(gradients)  # type: ignore[arg-type]
+                    loss = torch.as_tensor(optimizer.step(gradients))  # type: ignore[arg-type]
             else:
                 loss = gradients()
                 with clock.phase("precondition and apply"):

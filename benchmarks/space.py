@@ -87,8 +87,10 @@ def dimension(value: Any) -> Dimension:
         if scale in ("log", "linear") and all(_number(one) for one in (low, high)):
             return Range(float(low), float(high), scale)
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        return Choice(tuple(value))
-    raise ValueError(f"must be a list of values or {{ low = 1e-4, high = 1e-1, scale = 'log' or 'linear' }}, got {value!r}")
+        return Choice(tuple(tuple(one) if isinstance(one, list) else one for one in value))
+    raise ValueError(
+        f"must be a list of values or {{ low = 1e-4, high = 1e-1, scale = 'log' or 'linear' }}, got {value!r}"
+    )
 
 
 def _number(value: Any) -> bool:

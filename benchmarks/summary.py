@@ -62,7 +62,7 @@ def mixed(records: Iterable[Record]) -> tuple[str, str] | None:
     for record in records:
         place = (record.spec.problem, record.spec.method)
         other = first.setdefault(place, record).spec
-        if (record.spec.settings, record.spec.epochs) != (other.settings, other.epochs):
+        if (record.spec.settings, record.spec.budget) != (other.settings, other.budget):
             return place
     return None
 
