@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -30,14 +31,18 @@ class Spec:
         method: its name.
         settings: of the optimizer.
         seed: of initialisation, data order and sampled labels.
-        epochs: the budget.
+        epochs: the budget; or
+        steps: the budget; or
+        seconds: the budget.
     """
 
     problem: str
     method: str
     settings: Mapping[str, Any]
     seed: int
-    epochs: int
+    epochs: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
 
     @property
     def key(self) -> str:
@@ -54,6 +59,7 @@ class Point:
     seconds: float
     train: float
     test: float
+    metric: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ class Record:
         step_seconds: median time of a training step.
         memory: bytes of optimizer state, at the end.
         environment: versions, hardware, threads.
+        parts: seconds in all of each part of a step.
+        peak: bytes of the process or the GPU at most.
+        note: on the data.
     """
 
     spec: Spec
@@ -75,6 +84,9 @@ class Record:
     step_seconds: float
     memory: int
     environment: Mapping[str, Any]
+    parts: Mapping[str, float] = field(default_factory=dict)
+    peak: int = 0
+    note: str = ""
 
     @staticmethod
     def load(file: Path) -> Record:

@@ -108,7 +108,7 @@ def execute(spec: Spec, data: Data, folder: Path, progress: Progress | None = No
     if finished.is_file():
         return Record.load(finished)
     problem, method = PROBLEMS[spec.problem], METHODS[spec.method]
-    steps = steps_of(problem, data, spec.epochs)
+    steps = steps_of(problem, data, spec.epochs or problem.epochs)
     settings = dict(spec.settings)
     warms = settings.pop("warm_start", False)
     torch.manual_seed(spec.seed)
@@ -138,7 +138,7 @@ def _train(
     progress: Progress | None,
     interrupted: Callable[[], bool],
 ) -> str:
-    every = max(1, steps // (spec.epochs * problem.points))
+    every = max(1, steps // ((spec.epochs or problem.epochs) * problem.points))
     saved = time.monotonic()
     if run.step == 0:
         first = evaluate(model, problem, data.train)

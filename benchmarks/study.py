@@ -66,7 +66,10 @@ def run_study(study: Study, folder: Path, source: Path | None, console: Console)
     specs = study.specs()
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     data: dict[str, Data] = {name: PROBLEMS[name].load(source) for name in study.problems}
-    steps = [steps_of(PROBLEMS[spec.problem], data[spec.problem], spec.epochs) for spec in specs]
+    steps = [
+        steps_of(PROBLEMS[spec.problem], data[spec.problem], spec.epochs or PROBLEMS[spec.problem].epochs)
+        for spec in specs
+    ]
     records = []
     columns = (
         TextColumn("{task.description}"),

@@ -17,7 +17,7 @@ from benchmarks import methods, problems, runner
 from benchmarks.cli import main
 from benchmarks.data import Data, Split
 from benchmarks.methods import METHODS, Method
-from benchmarks.problems import PROBLEMS, Problem, classification, evaluate
+from benchmarks.problems import PROBLEMS, Problem, Target, classification, evaluate
 from benchmarks.records import Point, Record, RecordError, Spec, write_whole
 from benchmarks.report import write_report
 from benchmarks.summary import cells, reached, summarize
@@ -48,7 +48,7 @@ TINY = Problem(
     "categorical",
     batch_size=16,
     epochs=5,
-    target=0.8,
+    target=Target("train", 0.8),
     points=2,
 )
 STAND_INS = {
