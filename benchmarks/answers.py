@@ -1,4 +1,4 @@
-"""What a study answers, from its records: who reaches targets how fast, what tuning buys, and where the time of a step goes."""
+"""What a study answers, from its records: who reaches targets how fast, what tuning buys, where the time of a step goes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Medians over seeds with bootstrap intervals, computed exactly instead of by drawing, so that they need no seed.
 
-A resample of n sorted values x_1 <= ... <= x_n has a median that is a value of the sample (n odd) or the mean of two (n even),
-whose probabilities are binomial sums (Efron 1979; Hutson & Ernst 2000). Nothing is interpolated, so that values may be infinite.
+The median of a resample of n values is one of them (n odd) or the mean of two (n even), whose probabilities are binomial sums
+(Efron 1979; Hutson & Ernst 2000). Nothing is interpolated, so that values may be infinite.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _masses(n: int) -> dict[tuple[int, int], float]:
     within = [
         sum(math.comb(n, k) * (i + 1) ** k * (n - i - 1) ** (n - k) for k in range(middle, n + 1)) for i in range(n)
     ]
-    single = [within[0], *(after - before for before, after in zip(within, within[1:], strict=False))]
+    single = [within[0], *(after - before for before, after in pairwise(within))]
     if n % 2:
         return {(i, i): single[i] / n**n for i in range(n)}
     # The lower half falls on the first i + 1 values and reaches i, the upper half on those from j, and reaches j.

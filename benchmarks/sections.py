@@ -1,4 +1,4 @@
-"""How records are grouped: sections of one problem and budget, entries of one method and settings, runs that differ in seed."""
+"""How records are grouped: sections of a problem and budget, entries of a method and settings, runs that differ in seed."""
 
 from __future__ import annotations
 
@@ -133,15 +133,25 @@ def budget(spec: Spec) -> str:
     return "the problem's own budget"
 
 
-def sections(records: Iterable[Record]) -> list[Section]:
-    """Group records; a record that is given twice counts once, and one without any evaluation is left out."""
+def sections(records: Sequence[Record], beside: Sequence[Record] = ()) -> list[Section]:
+    """Group records; a record that is given twice counts once, and one without any evaluation is left out.
+
+    Args:
+        records: to be grouped.
+        beside: others on the same page, where a method must have the same colour.
+    """
     places: dict[tuple[str, str], list[Record]] = {}
     for record in {record.spec.key: record for record in records if record.points}.values():
         places.setdefault((record.spec.problem, budget(record.spec)), []).append(record)
-    looks = _looks({record.spec.method for mine in places.values() for record in mine})
+    looks = _looks({record.spec.method for record in (*records, *beside)})
     budgets = {name: [limit for problem, limit in places if problem == name] for name, _ in places}
     order = sorted(places, key=lambda place: (*_place(PROBLEMS, place[0]), _natural(place[1])))
     return [_section(place, places[place], len(budgets[place[0]]) > 1, looks) for place in order]
+
+
+def method_title(name: str) -> str:
+    """For tables and figures; an optimizer from elsewhere is called by its name."""
+    return METHODS[name].title if name in METHODS else name
 
 
 def settings_key(spec: Spec) -> str:
@@ -213,7 +223,7 @@ def _entries(records: Sequence[Record], looks: Mapping[str, tuple[str, Dash]]) -
         variants = [groups[place] for place in sorted(groups) if place[0] == method]
         differing = _differing([run[0].spec.settings for run in variants])
         colour, dash = looks[method]
-        title = METHODS[method].title if method in METHODS else method
+        title = method_title(method)
         entry = Entry(method, title, colour, dash, ())
         for number, runs in enumerate(variants):
             runs = sorted(runs, key=lambda record: record.spec.seed)

@@ -66,7 +66,7 @@ def _row(section: Section, entry: Entry, adam: Entry | None) -> Row:
         seconds=seconds,
         longer=waits[0],
         longer_steps=waits[1],
-        step_seconds=median_interval([record.step_seconds for record in entry.records]),
+        step_seconds=median_interval([one.step_seconds for one in entry.records if not math.isnan(one.step_seconds)]),
         relative=paired(entry, adam) if adam else UNKNOWN,
         memory=max(record.memory for record in entry.records),
         peak=max(record.peak for record in entry.records),
@@ -240,15 +240,16 @@ def _run(use: str, section: Section, record: Record) -> list[object]:
 def curves_csv(uses: Sequence[tuple[str, Section]]) -> str:
     """One line for every evaluation of every run."""
     head = ("key", "use", "problem", "budget", "method", "seed", "step", "seconds", "train", "test", "metric")
-    return _csv(
-        head,
-        (
-            (record.spec.key, use, record.spec.problem, section.budget, record.spec.method, record.spec.seed)
-            + (point.step, point.seconds, point.train, point.test, point.metric)
-            for use, section, record in _all(uses)
-            for point in record.points
-        ),
+    lines = (
+        (*_place(use, section, record), point.step, point.seconds, point.train, point.test, point.metric)
+        for use, section, record in _all(uses)
+        for point in record.points
     )
+    return _csv(head, lines)
+
+
+def _place(use: str, section: Section, record: Record) -> tuple[object, ...]:
+    return record.spec.key, use, record.spec.problem, section.budget, record.spec.method, record.spec.seed
 
 
 def _all(uses: Sequence[tuple[str, Section]]) -> Iterable[tuple[str, Section, Record]]:
