@@ -15,9 +15,10 @@ from .lab import run_lab
 from .methods import METHODS
 from .problems import PROBLEMS
 from .records import Record, RecordError
+from .report import write_report
 from .speed import SpeedError, add_speed, run_speed
-from .study import DIGITS, MAIN, Study, run_study, show
-from .summary import mixed
+from .study import DIGITS, MAIN, Study, run_study
+from .terminal import show
 
 _EXAMPLES = """examples:
   python -m benchmarks study
@@ -162,11 +163,6 @@ def _report(folder: Path, console: Console) -> None:
     if not files:
         raise UsageError(f"{folder} holds no finished runs (expected {folder}/runs/*.json)")
     records = [Record.load(file) for file in files]
-    _known("problem", [record.spec.problem for record in records], list(PROBLEMS))
-    _known("method", [record.spec.method for record in records], list(METHODS))
-    if place := mixed(records):
-        raise UsageError(
-            f"{folder} holds runs of {place[1]} on {place[0]} that differ in settings or budget; give the command of the "
-            "study to be reported again: its finished runs are only read"
-        )
-    show(records, folder, f"Report of {folder.name}", console)
+    show(records, console, f"Report of {folder.name}")
+    page = write_report(records, folder, f"Report of {folder.name}")
+    console.print(f"Report: {page.resolve()}", highlight=False, markup=False, soft_wrap=True)

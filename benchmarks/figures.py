@@ -4,33 +4,51 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from curvlib.analysis.figures import STYLE
 
-from .answers import SLOWEST, Trial, best_of, breakdown, costs, finals, profiles, sensitivity, varied
+from .answers import SLOWEST, Profile, Trial, best_of, breakdown, costs, finals, profiles, sensitivity, varied
 from .records import write_whole
 from .sections import Entry, Quantity, Section, band, method_title
 
 _CROWD = 10  # curves in one figure, beyond which bands would hide them
-_COLUMN = 26  # names in one column of a legend
+_LINE = 0.185  # inches of a line in a legend
 _PARTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999", "#56B4E9", "#D55E00", "#F0E442")
 
 
+Shown = TypeVar("Shown")
+Arguments = ParamSpec("Arguments")
+
+
+def _styled(draw: Callable[Arguments, Shown]) -> Callable[Arguments, Shown]:
+    """Draw in the library's style: axes take it when they are made."""
+
+    @wraps(draw)
+    def drawn(*arguments: Arguments.args, **options: Arguments.kwargs) -> Shown:
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return drawn
+
+
+@_styled
 def curves(section: Section) -> Figure:
     """Everything measured against steps (left) and seconds of training (right): medians over seeds, bands for few methods."""
     shown = _by_success(section)
     rows = len(section.quantities)
-    figure = _canvas(len(shown), 8.2, 0.4 + 2.3 * rows)
+    figure = _canvas([entry.title for entry in shown], 8.2, 0.4 + 2.3 * rows)
     grid = figure.subplots(rows, 2, sharex="col", sharey="row", squeeze=False)
     for quantity, (left, right) in zip(section.quantities, grid, strict=True):
         lines: list[np.ndarray] = []
@@ -54,34 +72,44 @@ def curves(section: Section) -> Figure:
     return figure
 
 
+@_styled
 def profile(found: Sequence[Section]) -> Figure | None:
     """Shares of problems solved within a multiple of the least time (left) and steps (right); ``None`` without targets."""
     tables = [costs(found, against) for against in ("seconds", "step")]
     if not any(math.isfinite(cost) for mine in tables[0].values() for cost in mine):
         return None
+    made = [profiles(table) for table in tables]
     looks = {entry.title: entry for section in reversed(found) for entry in section.entries}
-    order = sorted(tables[0], key=lambda title: -profiles(tables[0])[title].score())
-    figure = _canvas(len(order), 8.2, 3.4)
+    order = sorted(made[0], key=lambda title: -made[0][title].score())
+    told, others = order[:_CROWD], order[_CROWD:]
+    labels = [f"{title}  {made[0][title].score():.2f}" for title in told]
+    figure = _canvas(labels, 8.2, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, table, text in zip(panels, tables, ("time", "steps"), strict=True):
-        made = profiles(table)
-        for place, title in enumerate(order):
-            # Equal profiles would hide each other: every line is moved by a hair, within the width of the axis' ticks.
-            hair = 0.03 * (place / max(1, len(order) - 1) - 0.5)
-            corners = sorted({1.0, SLOWEST, *(one for one in made[title].ratios if 1 < one < SLOWEST)})
-            shares = [made[title].share(tau) + hair for tau in corners]
+    for axes, mine, text in zip(panels, made, ("time", "steps"), strict=True):
+        for title in others:
+            axes.step(*_steps(mine[title]), where="post", linewidth=0.7, color="0.8", zorder=1)
+        for place, title in enumerate(told):
+            tau, share = _steps(mine[title])
+            # Equal profiles would hide each other: each is moved by a hair.
+            hair = 0.03 * (place - (len(told) - 1) / 2) / len(told)
             look = looks[title]
-            axes.step(corners, shares, where="post", linewidth=1.6, color=look.colour, linestyle=look.dash)
+            axes.step(tau, share + hair, where="post", linewidth=1.6, color=look.colour, linestyle=look.dash)
         axes.set_xlim(1, SLOWEST)
         axes.set_ylim(-0.04, 1.04)
-        axes.set_xlabel(f"{text} to the target over the least of any method")
+        axes.set_xlabel(f"{text} to target / the least of all methods")
     panels[0].set_ylabel("share of problems")
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-    scores = profiles(tables[0])
-    _legend(figure, [(f"{title}  {scores[title].score():.2f}", looks[title]) for title in order])
+    grey = [(f"{len(others)} others", replace(looks[others[0]], colour="0.8", dash="-"))] if others else []
+    _legend(figure, [*((label, looks[title]) for label, title in zip(labels, told, strict=True)), *grey])
     return figure
 
 
+def _steps(one: Profile) -> tuple[np.ndarray, np.ndarray]:
+    corners = sorted({1.0, SLOWEST, *(tau for tau in one.ratios if 1 < tau < SLOWEST)})
+    return np.array(corners), np.array([one.share(tau) for tau in corners])
+
+
+@_styled
 def best_of_k(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Figure | None:
     """The expected best of k trials against k; ``None`` where no method had more than one trial."""
     several = {name: mine for name, mine in tried.items() if len(mine) > 1}
@@ -91,7 +119,7 @@ def best_of_k(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Figure 
     found = {name: best_of([trial.value for trial in mine], quantity.better) for name, mine in several.items()}
     sign = 1 if quantity.better == "lower" else -1
     order = sorted(found, key=lambda name: sign * found[name][-1].expected)
-    figure = _canvas(len(order), 5.2, 3.4)
+    figure = _canvas([method_title(name) for name in order], 5.2, 3.4)
     axes = figure.subplots()
     lines = []
     for name in order:
@@ -114,6 +142,7 @@ def best_of_k(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Figure 
     return figure
 
 
+@_styled
 def sensitivities(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Figure | None:
     """A panel for each setting that tuning varied: the best that each of its values led to, and all trials as dots."""
     names = {name: None for mine in tried.values() for name in varied(mine)}
@@ -125,7 +154,7 @@ def sensitivities(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Fig
     shown = [name for name, mine in tried.items() if varied(mine)]
     quantity = section.judged
     best = min if quantity.better == "lower" else max
-    figure = _canvas(len(shown), max(5.2, 3.4 * across), 0.4 + 2.8 * down)
+    figure = _canvas([method_title(name) for name in shown], max(5.2, 3.4 * across), 0.4 + 2.8 * down)
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     values = np.array([trial.value for name in shown for trial in tried[name]])
     for axes, setting in zip(grid.flat, panels, strict=False):
@@ -157,6 +186,7 @@ def sensitivities(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Fig
     return figure
 
 
+@_styled
 def steps(section: Section) -> Figure | None:
     """Where the time of a step goes: stacked bars, the fastest on top; ``None`` where it was not measured."""
     bars = {entry.title: breakdown(entry) for entry in section.entries}
@@ -165,35 +195,33 @@ def steps(section: Section) -> Figure | None:
         return None
     order = sorted(bars, key=lambda title: sum(bars[title].values()))
     names = list(dict.fromkeys(name for title in order for name in bars[title]))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.2, 1.1 + 0.26 * len(order)), layout="constrained")
-        axes = figure.subplots()
-        left = np.zeros(len(order))
-        for place, name in enumerate(names):
-            widths = np.array([1e3 * bars[title].get(name, 0.0) for title in order])
-            axes.barh(order, widths, left=left, height=0.72, color=_PARTS[place % len(_PARTS)], label=name)
-            left += widths
-        for place, total in enumerate(left):
-            axes.annotate(f"{total:.3g}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_xlabel("milliseconds a step")
-        axes.set_xlim(0, 1.08 * left.max())
-        axes.set_ylim(len(order) - 0.5, -0.5)
-        axes.grid(False, axis="y")
-        axes.tick_params(axis="y", length=0)
-        figure.legend(
-            loc="outside upper left", ncols=min(len(names), 5), frameon=False, handlelength=1, columnspacing=1.4
-        )
+    figure = Figure(figsize=(8.2, 1.1 + 0.26 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(order))
+    for place, name in enumerate(names):
+        widths = np.array([1e3 * bars[title].get(name, 0.0) for title in order])
+        axes.barh(order, widths, left=left, height=0.72, color=_PARTS[place % len(_PARTS)], label=name)
+        left += widths
+    for place, total in enumerate(left):
+        axes.annotate(f"{total:.3g}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_xlabel("milliseconds a step")
+    axes.set_xlim(0, 1.08 * left.max())
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside upper left", ncols=min(len(names), 5), frameon=False, handlelength=1, columnspacing=1.4)
     return figure
 
 
+@_styled
 def save(figure: Figure, stem: Path) -> None:
     """Write PNG and PDF; equal figures give equal files."""
     dated: Mapping[str, Mapping[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
-    with matplotlib.rc_context(STYLE):
-        for form, metadata in dated.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=form, dpi=160, metadata=dict(metadata))
-            write_whole(stem.with_name(f"{stem.name}.{form}"), buffer.getvalue())
+    for form, metadata in dated.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, dpi=160, metadata=dict(metadata))
+        write_whole(stem.with_name(f"{stem.name}.{form}"), buffer.getvalue())
 
 
 def _by_success(section: Section) -> list[Entry]:
@@ -207,23 +235,26 @@ def _look(section: Section, method: str) -> Entry:
     return next(entry for entry in section.entries if entry.method == method)
 
 
-def _canvas(names: int, width: float, height: float) -> Figure:
+def _canvas(titles: Sequence[str], width: float, height: float) -> Figure:
     """A figure with room for a legend on its right."""
-    beside = 1.7 * math.ceil(names / _COLUMN)
-    with matplotlib.rc_context(STYLE):
-        return Figure(figsize=(width + beside, max(height, 0.5 + 0.185 * min(names, _COLUMN))), layout="constrained")
+    height = max(height, _LINE * min(len(titles), 14))
+    beside = _beside(len(titles), height) * (0.55 + 0.068 * max(len(_short(title)) for title in titles))
+    return Figure(figsize=(width + beside, height), layout="constrained")
+
+
+def _beside(names: int, height: float) -> int:
+    """The number of columns in a legend of a given height."""
+    return math.ceil(names * _LINE / (height - 0.1))
 
 
 def _legend(figure: Figure, looks: Sequence[tuple[str, Entry]]) -> None:
-    with matplotlib.rc_context(STYLE):
-        handles = [
-            Line2D([], [], color=look.colour, linestyle=look.dash, linewidth=1.6, label=_short(title))
-            for title, look in looks
-        ]
-        columns = math.ceil(len(looks) / _COLUMN)
-        figure.legend(
-            handles=handles, loc="outside right upper", ncols=columns, frameon=False, handlelength=2.6, fontsize=8
-        )
+    handles = [
+        Line2D([], [], color=look.colour, ls=look.dash, linewidth=1.6, label=_short(title)) for title, look in looks
+    ]
+    columns = _beside(len(looks), figure.get_figheight())
+    figure.legend(
+        handles=handles, loc="outside right upper", ncols=columns, frameon=False, handlelength=2.6, fontsize=8
+    )
 
 
 def _short(title: str) -> str:
@@ -254,16 +285,14 @@ def _decades(axis: Any) -> None:
     """Plain numbers on a logarithmic axis, between powers of ten only where it spans little more than one."""
     low, high = axis.get_view_interval()
     span = math.log10(high / low)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    if span > 2:
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axis.set_major_formatter(plain)
+    if span > 2.1:
         axis.set_minor_formatter(NullFormatter())
         return
-    axis.set_minor_locator(LogLocator(subs=(2, 5) if span > 0.7 else tuple(range(2, 10))))
-    axis.set_minor_formatter(
-        LogFormatter(labelOnlyBase=False, minor_thresholds=(3, 1))
-        if span > 0.7
-        else FuncFormatter(lambda value, _: f"{value:g}")
-    )
+    axis.set_minor_locator(LogLocator(subs=(2, 5) if span > 0.7 else (1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
+    axis.set_minor_formatter(plain)
+    axis.set_tick_params(which="both", length=3.5, pad=3.5)
 
 
 def _target(left: Axes, right: Axes, section: Section, quantity: Quantity) -> None:
@@ -272,5 +301,5 @@ def _target(left: Axes, right: Axes, section: Section, quantity: Quantity) -> No
     value = section.problem.target.value
     for axes in (left, right):
         axes.axhline(value, color="0.4", linewidth=0.8, zorder=0)
-    place: Any = (0.995, value)
-    left.annotate("target", place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.3")
+    place: Any = (1.01, value)
+    right.annotate("target", place, xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.3")

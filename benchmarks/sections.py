@@ -232,8 +232,11 @@ def _entries(records: Sequence[Record], looks: Mapping[str, tuple[str, Dash]]) -
                 continue
             told = {name: runs[0].spec.settings[name] for name in differing if name in runs[0].spec.settings}
             paler = 0.6 * number / len(variants)
-            shade = to_hex(paler + (1 - paler) * np.array(to_rgb(colour)))
-            look: tuple[str, Dash] = (shade, dash if number == 0 else _DASHES[number % len(_DASHES)])
+            red, green, blue = (paler + (1 - paler) * one for one in to_rgb(colour))
+            look: tuple[str, Dash] = (
+                to_hex((red, green, blue)),
+                dash if number == 0 else _DASHES[number % len(_DASHES)],
+            )
             made.append(Entry(method, f"{title} ({settings_text(told) or 'defaults'})", *look, tuple(runs)))
     return tuple(made)
 

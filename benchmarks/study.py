@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from .data import Data
 from .methods import METHODS
@@ -16,7 +14,7 @@ from .problems import PROBLEMS
 from .records import Record, Spec
 from .report import write_report
 from .runner import execute, results_file, steps_of
-from .summary import HEADINGS, cells, summarize
+from .terminal import show
 
 
 @dataclass(frozen=True)
@@ -97,22 +95,7 @@ def run_study(study: Study, folder: Path, source: Path | None, console: Console)
                 highlight=False,
                 markup=False,
             )
-    show(records, folder, study.title, console)
-    return records
-
-
-def show(records: Sequence[Record], folder: Path, title: str, console: Console) -> None:
-    """Print the tables and write the report."""
-    rows = summarize(records)
-    for name in dict.fromkeys(row.problem for row in rows):
-        table = Table(title=f"{PROBLEMS[name].title} (target {PROBLEMS[name].target:g})", title_justify="left")
-        for heading in HEADINGS:
-            table.add_column(
-                heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=console.width >= 130
-            )
-        for row in rows:
-            if row.problem == name:
-                table.add_row(*cells(row))
-        console.print(table)
-    page = write_report(records, folder, title)
+    show(records, console, study.title)
+    page = write_report(records, folder, study.title)
     console.print(f"Report: {page.resolve()}", highlight=False, markup=False, soft_wrap=True)
+    return records

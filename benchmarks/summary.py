@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from . import scaling
 from .answers import breakdown, finals, hit, paired, reference, to_target
 from .intervals import UNKNOWN, Interval, median_interval
+from .page import Cell
 from .records import Record
 from .scaling import Longer
 from .sections import Entry, Quantity, Section, settings_key
@@ -74,43 +75,44 @@ def _row(section: Section, entry: Entry, adam: Entry | None) -> Row:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What a table shows, and what it is sorted by; a NaN comes last in either direction."""
-
-    text: str
-    detail: str = ""
-    order: float | str = math.nan
-
-
-@dataclass(frozen=True)
 class Column:
-    """A heading, what it means, and the cell of a row."""
+    """What a column shows.
+
+    Args:
+        heading: above it.
+        meaning: in words.
+        cell: of a row.
+        detailed: whether a terminal shows the details of its cells as well.
+    """
 
     heading: str
     meaning: str
     cell: Callable[[Row], Cell]
+    detailed: bool = False
 
 
 def columns(section: Section) -> list[Column]:
     """The columns that have something to say about a section."""
     found = [
         Column("Method", "the optimizer, with the settings that tell it from others", _name),
-        Column("Runs", "seeds, and how many of them diverged", _runs),
+        Column("Runs", "seeds, and how many of them diverged", _runs, True),
     ]
     for place, quantity in enumerate(section.quantities):
-        found.append(_final(place, quantity))
+        found.append(_final(section, place, quantity))
     if section.goal:
         found += [
-            Column("Steps to target", section.goal, lambda row: _interval(row.steps, "{:.0f}")),
-            Column("Time to target", f"{section.goal}; training time", lambda row: _interval(row.seconds, time_text)),
+            Column("Steps to target", section.goal, lambda row: interval_cell(row.steps, "{:.0f}")),
+            Column(
+                "Time to target", f"{section.goal}; training time", lambda row: interval_cell(row.seconds, time_text)
+            ),
         ]
     if reference(section) is not None:
         found += [
             Column("Adam would need", "tuned Adam's training time to where this ends, over this method's", _longer),
-            Column("Step / Adam's", "paired by seed", lambda row: _interval(row.relative, "{:.2f}")),
+            Column("Step / Adam's", "paired by seed", lambda row: interval_cell(row.relative, "{:.2f}")),
         ]
     found += [
-        Column("Step", "median time of a step", lambda row: _interval(row.step_seconds, time_text)),
+        Column("Step", "median time of a step", lambda row: interval_cell(row.step_seconds, time_text)),
         Column("State", "the optimizer's own memory", lambda row: Cell(bytes_text(row.memory), order=row.memory)),
     ]
     if any(record.peak for entry in section.entries for record in entry.records):
@@ -127,9 +129,10 @@ def _runs(row: Row) -> Cell:
     return Cell(str(count), f"{diverged} diverged" if diverged else "", count - diverged)
 
 
-def _final(place: int, quantity: Quantity) -> Column:
+def _final(section: Section, place: int, quantity: Quantity) -> Column:
     title = quantity.title[0].upper() + quantity.title[1:]
-    return Column(title, f"at the end; {quantity.better} is better", lambda row: _interval(row.finals[place], "{:.4g}"))
+    meaning = f"at the end; {quantity.better} is better"
+    return Column(title, meaning, lambda row: interval_cell(row.finals[place], "{:#.4g}"), quantity == section.judged)
 
 
 def _longer(row: Row) -> Cell:
@@ -141,7 +144,8 @@ def _peak(count: int) -> Cell:
     return Cell(bytes_text(count), order=count) if count else Cell("–")
 
 
-def _interval(value: Interval, form: str | Callable[[float], str]) -> Cell:
+def interval_cell(value: Interval, form: str | Callable[[float], str]) -> Cell:
+    """A median, its interval under it where it is more than a point, and what it is sorted by."""
     if not value.known:
         return Cell("–")
 
