@@ -113,10 +113,19 @@ def costs(found: Iterable[Section], against: str) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One choice of settings that was tried in tuning: the median over tuning seeds of the judged quantity."""
+    """One choice of settings that was tried in tuning.
+
+    Args:
+        settings: of the optimizer.
+        value: the median over tuning seeds of the judged quantity.
+        runs: number of tuning seeds.
+        diverged: how many of them diverged.
+    """
 
     settings: Mapping[str, Any]
     value: float
+    runs: int = 1
+    diverged: int = 0
 
 
 def trials(section: Section) -> dict[str, list[Trial]]:
@@ -129,7 +138,8 @@ def trials(section: Section) -> dict[str, list[Trial]]:
     found: dict[str, list[Trial]] = {}
     for entry in section.entries:
         ends = [keep(judged.final(record), judged.of(record.points[0])) for record in entry.records]
-        found.setdefault(entry.method, []).append(Trial(entry.records[0].spec.settings, statistics.median(ends)))
+        trial = Trial(entry.records[0].spec.settings, statistics.median(ends), len(ends), entry.diverged)
+        found.setdefault(entry.method, []).append(trial)
     return found
 
 

@@ -14,7 +14,7 @@ STYLE = """
   :root { --ink: #e6e9ec; --paper: #15181c; --line: #363c44; --soft: #9aa4af; --card: #1d2126; --mark: #6fdca4;
     --warn: #f0c674; --warncard: #2b2618; }
 }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 78rem;
   margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { margin-top: 2.6rem; font-size: 1.25rem; }
 a { color: inherit; }
@@ -24,7 +24,7 @@ nav a { margin-right: 1rem; }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td { vertical-align: top; } td small { display: block; font-size: .72rem; }
-th:first-child, td:first-child, td.words { text-align: left; } td.words { white-space: normal; }
+th:first-child, td:first-child, .words { text-align: left; } td.words { white-space: normal; }
 th { font-weight: 600; white-space: normal; vertical-align: bottom; }
 th button { all: unset; cursor: pointer; } th button:hover { text-decoration: underline; }
 th button:focus-visible, summary:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
@@ -111,9 +111,11 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], capt
         rows: of cells.
         caption: what the table shows, for who cannot see it.
     """
+    words = [any(row[place].words for row in rows) for place in range(len(heads))]
     head = "".join(
-        f'<th scope="col" title="{html.escape(meaning)}"><button type="button">{html.escape(name)}</button></th>'
-        for name, meaning in heads
+        f'<th scope="col"{_class(words=wordy)} title="{html.escape(meaning)}">'
+        f'<button type="button">{html.escape(name)}</button></th>'
+        for (name, meaning), wordy in zip(heads, words, strict=True)
     )
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return (
@@ -123,11 +125,15 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], capt
 
 
 def _cell(cell: Cell) -> str:
-    kinds = " ".join(name for name, applies in (("best", cell.best), ("words", cell.words)) if applies)
     order = cell.order if isinstance(cell.order, str) else _number(cell.order)
     detail = f"<small>{html.escape(cell.detail)}</small>" if cell.detail else ""
-    shown = f' class="{kinds}"' if kinds else ""
-    return f'<td{shown} data-order="{html.escape(order)}">{cell.key}{html.escape(cell.text)}{detail}</td>'
+    kinds = _class(best=cell.best, words=cell.words)
+    return f'<td{kinds} data-order="{html.escape(order)}">{cell.key}{html.escape(cell.text)}{detail}</td>'
+
+
+def _class(**kinds: bool) -> str:
+    shown = " ".join(name for name, applies in kinds.items() if applies)
+    return f' class="{shown}"' if shown else ""
 
 
 def _number(value: float) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from curvlib.analysis.figures import as_svg
 
 from . import figures
-from .answers import REFERENCE, Trial, costs, profiles, to_target, trials
+from .answers import Trial, costs, profiles, reference, to_target, trials
 from .details import environments, runs, swatch
 from .page import Cell, figure, note, page, table
 from .records import Record, RecordError, write_whole
@@ -43,6 +43,13 @@ _BEST = (
 _SENSITIVITY = "Every dot is a trial of tuning. Lines go through the best trial with each value of the setting."
 
 
+_ADAM = (
+    '<p class="source">“Adam would need” is how much longer tuned Adam takes to the loss at which a method ends: '
+    "read off Adam's own curve where it gets there; marked “(fit)” where it does not, by extrapolating the power law "
+    "a·D<sup>−b</sup> + c fitted to the last nine tenths of it; “&gt;” where even ten times Adam's budget would not do.</p>"
+)
+
+
 def write_report(records: Sequence[Record], folder: Path, title: str, tuning: Sequence[Record] = ()) -> Path:
     """Write ``index.html``, ``summary.csv``, ``runs.csv``, ``curves.csv`` and the figures; returns the page.
 
@@ -65,6 +72,7 @@ def write_report(records: Sequence[Record], folder: Path, title: str, tuning: Se
         _notes([*found, *tried]),
         _navigation(found, tried),
         _targets(found, folder),
+        _ADAM if any(reference(section) for section in found) else "",
         *(_section(section, rows[section.name], folder) for section in found),
         *(_tuning(section, folder) for section in tried),
         runs(found, [*records, *tuning]),
@@ -169,7 +177,7 @@ def _section(section: Section, rows: Sequence[Row], folder: Path) -> str:
         drawn += _figure(split, folder / f"{section.name}-steps", f"Time of a step: {section.title}", _BREAKDOWN, True)
     return (
         f'<h2 id="{section.name}">{html.escape(section.title)}</h2><p class="source">{html.escape(_about(section))}</p>'
-        f"{''.join(note(text) for text in section.notes())}{table(heads, named, section.title)}{_adam(section)}{drawn}"
+        f"{''.join(note(text) for text in section.notes())}{table(heads, named, section.title)}{drawn}"
     )
 
 
@@ -179,17 +187,6 @@ def _about(section: Section) -> str:
         parts.append(f"Batches of {section.problem.batch_size}")
     parts += [f"Budget: {section.budget}", f"Target: {section.goal}" if section.goal else "No target"]
     return ". ".join(parts) + "."
-
-
-def _adam(section: Section) -> str:
-    if all(entry.method != REFERENCE for entry in section.entries):
-        return ""
-    return (
-        '<p class="source">“Adam would need” is how much longer tuned Adam takes to the loss at which a method ends: '
-        "read off Adam's own curve where it gets there; marked “(fit)” where it does not, by extrapolating the power law "
-        "a·D<sup>−b</sup> + c fitted to the last nine tenths of it; “&gt;” where even ten times Adam's budget would not "
-        "do.</p>"
-    )
 
 
 def _tuning(section: Section, folder: Path) -> str:
@@ -221,7 +218,8 @@ def _tuning(section: Section, folder: Path) -> str:
 def _trial(entries: Sequence[Entry], name: str, trial: Trial) -> list[Cell]:
     look = next(entry for entry in entries if entry.method == name)
     title = method_title(name)
-    value = Cell(f"{trial.value:.5g}", order=trial.value)
+    lost = f"{trial.diverged} of {trial.runs} diverged" if trial.diverged else ""
+    value = Cell(f"{trial.value:#.4g}", lost, trial.value)
     text = settings_text(trial.settings) or "defaults"
     return [Cell(title, order=title, key=swatch(look)), value, Cell(text, order=text, words=True)]
 

@@ -94,7 +94,7 @@ class Column:
 def columns(section: Section) -> list[Column]:
     """The columns that have something to say about a section."""
     found = [
-        Column("Method", "the optimizer, with the settings that tell it from others", _name),
+        Column("Method", "the optimizer, with the settings that tell it from others", _name, True),
         Column("Runs", "seeds, and how many of them diverged", _runs, True),
     ]
     for place, quantity in enumerate(section.quantities):
@@ -148,14 +148,14 @@ def interval_cell(value: Interval, form: str | Callable[[float], str]) -> Cell:
     """A median, its interval under it where it is more than a point, and what it is sorted by."""
     if not value.known:
         return Cell("–")
+    middle, low, high = (_number(one, form) for one in (value.middle, value.low, value.high))
+    return Cell(middle, "" if value.low == value.high else f"{low} to {high}", value.middle)
 
-    def text(one: float) -> str:
-        if math.isinf(one):
-            return "∞" if one > 0 else "−∞"
-        return form(one) if callable(form) else form.format(one)
 
-    exact = value.low == value.high == value.middle
-    return Cell(text(value.middle), "" if exact else f"{text(value.low)} to {text(value.high)}", value.middle)
+def _number(value: float, form: str | Callable[[float], str]) -> str:
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return form(value) if callable(form) else form.format(value)
 
 
 def time_text(seconds: float) -> str:

@@ -30,7 +30,8 @@ def show(records: Sequence[Record], console: Console, title: str) -> None:
         heading = Text(f"{section.title}, {section.budget}{aim}", style="table.title")
         made = Table(title=heading, title_justify="left")
         for column in shown:
-            made.add_column(column.heading, justify="left" if column is shown[0] else "right")
+            # Headings may be broken into lines, so that medians and intervals need not be.
+            made.add_column(column.heading, justify="left" if column is shown[0] else "right", no_wrap=column.detailed)
         for row in summarize(section):
             made.add_row(*(Text(_text(column, row)) for column in shown))
         console.print(made)
