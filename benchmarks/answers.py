@@ -35,9 +35,14 @@ def to_target(entry: Entry, problem: Problem | None) -> tuple[Interval, Interval
 
 def paired(first: Entry, second: Entry) -> Interval:
     """Step time of the first over the second's with the same seed."""
-    theirs = second.by_seed()
-    pairs = [(run.step_seconds, theirs[seed].step_seconds) for seed, run in first.by_seed().items() if seed in theirs]
-    return median_interval([ratio(mine, other) for mine, other in pairs])
+    theirs = {seed: run.step_seconds for seed, run in second.by_seed().items()}
+    pairs = [(run.step_seconds, theirs.get(seed, math.nan)) for seed, run in first.by_seed().items()]
+    return ratios(pairs)
+
+
+def ratios(pairs: Iterable[tuple[float, float]]) -> Interval:
+    """Of the first over the second; pairs that were not measured are left out."""
+    return median_interval([ratio(*pair) for pair in pairs if not any(map(math.isnan, pair))])
 
 
 def ratio(first: float, second: float) -> float:

@@ -231,14 +231,18 @@ def _entries(records: Sequence[Record], looks: Mapping[str, tuple[str, Dash]]) -
                 made.append(replace(entry, records=tuple(runs)))
                 continue
             told = {name: runs[0].spec.settings[name] for name in differing if name in runs[0].spec.settings}
-            paler = 0.6 * number / len(variants)
-            red, green, blue = (paler + (1 - paler) * one for one in to_rgb(colour))
-            look: tuple[str, Dash] = (
-                to_hex((red, green, blue)),
-                dash if number == 0 else _DASHES[number % len(_DASHES)],
-            )
+            look = _variant(colour, dash, number, len(variants))
             made.append(Entry(method, f"{title} ({settings_text(told) or 'defaults'})", *look, tuple(runs)))
     return tuple(made)
+
+
+def _variant(colour: str, dash: Dash, number: int, count: int) -> tuple[str, Dash]:
+    """The look of a method's n-th entry: the method's own, then paler and in other line styles."""
+    if number == 0:
+        return colour, dash
+    paler = 0.6 * number / count
+    red, green, blue = (paler + (1 - paler) * one for one in to_rgb(colour))
+    return to_hex((red, green, blue)), _DASHES[number % len(_DASHES)]
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

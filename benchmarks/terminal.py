@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .answers import ratio
-from .intervals import Interval, median_interval
+from .answers import ratios
+from .intervals import Interval
 from .records import Record, RecordError
 from .sections import Quantity, sections
 from .summary import Column, Row, columns, interval_cell, summarize
@@ -70,17 +70,13 @@ def compare(first: Sequence[Record], second: Sequence[Record]) -> Table:
     for section in sections([mine for mine, _ in pairs.values()]):
         for entry in section.entries:
             mine = [pairs[record.spec.key] for record in entry.records]
-            losses = [_ratios([(one.final(a), one.final(b)) for a, b in mine]) for one in _LOSSES]
-            times = _ratios([(a.step_seconds, b.step_seconds) for a, b in mine])
+            losses = [ratios((one.final(b), one.final(a)) for a, b in mine) for one in _LOSSES]
+            times = ratios((b.step_seconds, a.step_seconds) for a, b in mine)
             made.add_row(Text(section.title), Text(entry.title), str(len(mine)), *map(_spread, (*losses, times)))
     return made
 
 
 _LOSSES = (Quantity("train", "training loss"), Quantity("test", "held-out loss"))
-
-
-def _ratios(pairs: Sequence[tuple[float, float]]) -> Interval:
-    return median_interval([ratio(after, before) for before, after in pairs])
 
 
 def _spread(value: Interval) -> str:
