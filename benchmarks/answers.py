@@ -27,7 +27,7 @@ def hit(record: Record, problem: Problem) -> tuple[float, float]:
 
 def to_target(entry: Entry, problem: Problem | None) -> tuple[Interval, Interval]:
     """(steps, seconds) to the target: medians over seeds in which misses take part as infinite; unknown without a target."""
-    if problem is None or getattr(problem, "target", None) is None:
+    if problem is None:
         return UNKNOWN, UNKNOWN
     hits = [hit(record, problem) for record in entry.records]
     return median_interval([steps for steps, _ in hits]), median_interval([seconds for _, seconds in hits])
@@ -124,13 +124,13 @@ class Trial:
         settings: of the optimizer.
         value: the median over tuning seeds of the judged quantity.
         runs: number of tuning seeds.
-        diverged: how many of them diverged.
+        lost: how many of them diverged or were pruned.
     """
 
     settings: Mapping[str, Any]
     value: float
     runs: int = 1
-    diverged: int = 0
+    lost: int = 0
 
 
 def trials(section: Section) -> dict[str, list[Trial]]:
@@ -142,8 +142,9 @@ def trials(section: Section) -> dict[str, list[Trial]]:
     keep = min if judged.better == "lower" else max
     found: dict[str, list[Trial]] = {}
     for entry in section.entries:
+        lost = sum(record.status != "finished" for record in entry.records)
         ends = [keep(judged.final(record), judged.of(record.points[0])) for record in entry.records]
-        trial = Trial(entry.records[0].spec.settings, statistics.median(ends), len(ends), entry.diverged)
+        trial = Trial(entry.records[0].spec.settings, statistics.median(ends), len(ends), lost)
         found.setdefault(entry.method, []).append(trial)
     return found
 

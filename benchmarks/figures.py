@@ -20,8 +20,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from curvlib.analysis.figures import STYLE
 
 from .answers import SLOWEST, Profile, Trial, best_of, breakdown, costs, finals, profiles, sensitivity, varied
+from .methods import title_of
 from .records import write_whole
-from .sections import Entry, Quantity, Section, band, method_title
+from .sections import Entry, Quantity, Section, band
 
 _CROWD = 10  # curves in one figure, beyond which bands would hide them
 _LINE = 0.185  # inches of a line in a legend
@@ -119,7 +120,7 @@ def best_of_k(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Figure 
     found = {name: best_of([trial.value for trial in mine], quantity.better) for name, mine in several.items()}
     sign = 1 if quantity.better == "lower" else -1
     order = sorted(found, key=lambda name: sign * found[name][-1].expected)
-    figure = _canvas([method_title(name) for name in order], 5.2, 3.4)
+    figure = _canvas([title_of(name) for name in order], 5.2, 3.4)
     axes = figure.subplots()
     lines = []
     for name in order:
@@ -138,7 +139,7 @@ def best_of_k(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Figure 
     axes.set_xlabel("trials of tuning, k")
     axes.set_ylabel(f"{quantity.title},\nexpected best of k trials")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    _legend(figure, [(method_title(name), _look(section, name)) for name in order])
+    _legend(figure, [(title_of(name), _look(section, name)) for name in order])
     return figure
 
 
@@ -154,7 +155,7 @@ def sensitivities(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Fig
     shown = [name for name, mine in tried.items() if varied(mine)]
     quantity = section.judged
     best = min if quantity.better == "lower" else max
-    figure = _canvas([method_title(name) for name in shown], max(5.2, 3.4 * across), 0.4 + 2.8 * down)
+    figure = _canvas([title_of(name) for name in shown], max(5.2, 3.4 * across), 0.4 + 2.8 * down)
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     values = np.array([trial.value for name in shown for trial in tried[name]])
     for axes, setting in zip(grid.flat, panels, strict=False):
@@ -182,7 +183,7 @@ def sensitivities(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Fig
     _scale(grid[0, 0], quantity, values[None], whole=True)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"{quantity.title} at the end")
-    _legend(figure, [(method_title(name), _look(section, name)) for name in shown])
+    _legend(figure, [(title_of(name), _look(section, name)) for name in shown])
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +63,7 @@ class Problem:
     name: str
     title: str
     source: str
-    build: Callable[[], nn.Module]
+    build: Callable[[Data], nn.Module]
     load: Callable[[Path | None], Data]
     loss: Callable[[Tensor, Split], Tensor]
     likelihood: Likelihood
@@ -72,6 +72,7 @@ class Problem:
     target: Target
     points: int = 1
     metric: Metric | None = None
+    seconds: float | None = None
     tunable: str = "train"
 
 
@@ -112,7 +113,7 @@ def classification(outputs: Tensor, batch: Split) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, problem: Problem, split: Split) -> float:
+def evaluate(model: nn.Module, problem: Problem, split: Split) -> tuple[float, float]:
     """The mean loss over a split, in chunks of 1,000."""
     training = model.training
     model.eval()
@@ -121,7 +122,26 @@ def evaluate(model: nn.Module, problem: Problem, split: Split) -> float:
         chunk = Split(inputs, labels)
         total += float(problem.loss(model(inputs), chunk)) * len(chunk)
     model.train(training)
-    return total / len(split)
+    return total / len(split), float("nan")
+
+
+def steps_of(problem: Problem, data: Data, epochs: int) -> int:
+    """The number of steps in a budget."""
+    return epochs * (len(data.train) // problem.batch_size)
+
+
+def batches(problem: Problem, split: Split, seed: int, start: int, stop: int) -> Iterator[Split]:
+    """Batches number ``start`` to ``stop``: every epoch in an order of its own, a function of seed and epoch alone."""
+    size = problem.batch_size
+    each = len(split) // size
+    order: Tensor | None = None
+    for number in range(start, stop):
+        epoch, place = divmod(number, each)
+        if order is None or place == 0:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            order = torch.randperm(len(split), generator=generator)
+        chosen = order[place * size : (place + 1) * size]
+        yield Split(split.inputs[chosen], split.labels[chosen])
 
 
 PROBLEMS = {
@@ -131,7 +151,7 @@ PROBLEMS = {
             "digits-autoencoder",
             "Autoencoder on digits",
             "scikit-learn's handwritten digits; 64-128-64-32-8-32-64-128-64",
-            lambda: autoencoder(64, 128, 64, 32, 8, 32, 64, 128, 64),
+            lambda _: autoencoder(64, 128, 64, 32, 8, 32, 64, 128, 64),
             data.digits,
             reconstruction,
             "bernoulli",
@@ -143,7 +163,7 @@ PROBLEMS = {
             "digits-cnn",
             "Small CNN on digits",
             "scikit-learn's handwritten digits; two convolutions and a linear layer",
-            small_cnn,
+            lambda _: small_cnn(),
             data.digits,
             classification,
             "categorical",
@@ -155,7 +175,7 @@ PROBLEMS = {
             "mnist-autoencoder",
             "Autoencoder on MNIST",
             "Hinton & Salakhutdinov 2006, as in the MBF, TNT and K-BFGS papers; 784-1000-500-250-30-250-500-1000-784",
-            lambda: autoencoder(784, 1000, 500, 250, 30, 250, 500, 1000, 784),
+            lambda _: autoencoder(784, 1000, 500, 250, 30, 250, 500, 1000, 784),
             data.mnist,
             reconstruction,
             "bernoulli",

@@ -14,9 +14,10 @@ from curvlib.analysis.figures import as_svg
 from . import figures
 from .answers import Trial, costs, profiles, reference, to_target, trials
 from .details import environments, runs, swatch
+from .methods import title_of
 from .page import Cell, figure, note, page, table
 from .records import Record, RecordError, write_whole
-from .sections import Entry, Section, method_title, sections, settings_text
+from .sections import Entry, Section, sections, settings_text
 from .summary import Row, columns, curves_csv, interval_cell, runs_csv, summarize, summary_csv, time_text
 
 _LEAD = (
@@ -37,8 +38,8 @@ _PROFILE = (
 _BREAKDOWN = "Mean time of a step, split into its parts, which add up to the whole."
 _BEST = (
     "What tuning buys: the expected best of k trials over all orders in which the trials could have been made, with "
-    "quartiles as bands. A trial is the median over tuning seeds; one that diverged counts as the network that training "
-    "began with."
+    "quartiles as bands. A trial is the median over tuning seeds; one that diverged or was pruned counts as the network "
+    "that training began with."
 )
 _SENSITIVITY = "Every dot is a trial of tuning. Lines go through the best trial with each value of the setting."
 
@@ -62,6 +63,7 @@ def write_report(records: Sequence[Record], folder: Path, title: str, tuning: Se
     Raises:
         RecordError: where there is nothing to report.
     """
+    tuning = [*tuning, *(record for record in records if record.spec.purpose == "tuning")]
     told = {record.spec.key for record in tuning}
     records = [record for record in records if record.spec.key not in told]
     found, tried = sections(records, tuning), sections(tuning, records)
@@ -217,8 +219,8 @@ def _tuning(section: Section, folder: Path) -> str:
 
 def _trial(entries: Sequence[Entry], name: str, trial: Trial) -> list[Cell]:
     look = next(entry for entry in entries if entry.method == name)
-    title = method_title(name)
-    lost = f"{trial.diverged} of {trial.runs} diverged" if trial.diverged else ""
+    title = title_of(name)
+    lost = f"{trial.lost} of {trial.runs} diverged or pruned" if trial.lost else ""
     value = Cell(f"{trial.value:#.4g}", lost, trial.value)
     text = settings_text(trial.settings) or "defaults"
     return [Cell(title, order=title, key=swatch(look)), value, Cell(text, order=text, words=True)]

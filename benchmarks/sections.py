@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 
-from .methods import METHODS
+from .methods import METHODS, title_of
+from .naming import UnknownName, problem
 from .problems import PROBLEMS, Problem
-from .records import Point, Record, Spec
+from .records import BUDGETS, Point, Record, Spec
 
 Name = Literal["train", "test", "metric"]
 Dash = str | tuple[int, tuple[float, ...]]
@@ -53,8 +54,8 @@ class Quantity:
         return self.worst if math.isnan(value) else value
 
     def final(self, record: Record) -> float:
-        """The last value of a run; the worst there is after divergence."""
-        return self.of(record.points[-1]) if record.points and record.status != "diverged" else self.worst
+        """The last value of a run; the worst there is of one that diverged, or was pruned."""
+        return self.of(record.points[-1]) if record.status == "finished" else self.worst
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,13 @@ class Section:
     @property
     def judged(self) -> Quantity:
         """The quantity that tuning looks at."""
-        wanted = getattr(self.problem, "tunable", "train")
+        wanted = self.problem.tunable if self.problem is not None else "train"
         return next((one for one in self.quantities if one.name == wanted), self.quantities[0])
 
     @property
     def goal(self) -> str:
         """The target in words; empty without one."""
-        if self.problem is None or getattr(self.problem, "target", None) is None:
+        if self.problem is None:
             return ""
         target = self.problem.target
         quantity = next((one for one in self.quantities if one.name == target.of), Quantity(target.of, target.of))
@@ -123,14 +124,6 @@ class Section:
     def notes(self) -> list[str]:
         """What the data loaders said about data that are derived, generated or lossy."""
         return list(dict.fromkeys(run.note for entry in self.entries for run in entry.records if run.note))
-
-
-def budget(spec: Spec) -> str:
-    """The budget in words."""
-    for unit in ("epochs", "steps", "seconds"):
-        if (amount := getattr(spec, unit)) is not None:
-            return f"{amount:g} {unit}"
-    return "the problem's own budget"
 
 
 def sections(records: Sequence[Record], beside: Sequence[Record] = ()) -> list[Section]:
@@ -142,16 +135,22 @@ def sections(records: Sequence[Record], beside: Sequence[Record] = ()) -> list[S
     """
     places: dict[tuple[str, str], list[Record]] = {}
     for record in {record.spec.key: record for record in records if record.points}.values():
-        places.setdefault((record.spec.problem, budget(record.spec)), []).append(record)
+        places.setdefault((record.spec.problem, record.spec.budget), []).append(record)
     looks = _looks({record.spec.method for record in (*records, *beside)})
-    budgets = {name: [limit for problem, limit in places if problem == name] for name, _ in places}
+    budgets = {name: [limit for other, limit in places if other == name] for name, _ in places}
     order = sorted(places, key=lambda place: (*_place(PROBLEMS, place[0]), _natural(place[1])))
     return [_section(place, places[place], len(budgets[place[0]]) > 1, looks) for place in order]
 
 
-def method_title(name: str) -> str:
-    """For tables and figures; an optimizer from elsewhere is called by its name."""
-    return METHODS[name].title if name in METHODS else name
+def mixed(records: Iterable[Record]) -> tuple[str, str] | None:
+    """(problem, method) whose runs differ in settings or budget, so that they are no seeds of one thing; or none."""
+    first: dict[tuple[str, str], Spec] = {}
+    for record in records:
+        spec = record.spec
+        other = first.setdefault((spec.problem, spec.method), spec)
+        if (settings_key(spec), spec.budget) != (settings_key(other), other.budget):
+            return spec.problem, spec.method
+    return None
 
 
 def settings_key(spec: Spec) -> str:
@@ -171,7 +170,7 @@ def band(records: Sequence[Record], quantity: Quantity, against: str, points: in
     """
     places = [np.array([getattr(point, against) for point in record.points], float) for record in records]
     values = [np.array([quantity.of(point) for point in record.points]) for record in records]
-    whole = [place[-1] for place, record in zip(places, records, strict=True) if record.status != "diverged"]
+    whole = [place[-1] for place, record in zip(places, records, strict=True) if record.status == "finished"]
     grid = np.linspace(0.0, min(whole) if whole else max(place[-1] for place in places), points)
     lines = np.stack([_line(grid, place, value, quantity) for place, value in zip(places, values, strict=True)])
     return np.stack([grid, lines.min(0), np.median(lines, 0), lines.max(0)])
@@ -191,23 +190,30 @@ def _section(
     place: tuple[str, str], records: Sequence[Record], several: bool, looks: Mapping[str, tuple[str, Dash]]
 ) -> Section:
     name, limit = place
-    problem = PROBLEMS.get(name)
-    title = problem.title if problem is not None else name
+    known = _known(name)
+    title = known.title if known is not None else name
     return Section(
         name=re.sub(r"[^\w.-]+", "-", f"{name}-{limit}" if several else name),
         title=f"{title}, {limit}" if several else title,
         budget=limit,
-        problem=problem,
+        problem=known,
         entries=_entries(records, looks),
-        quantities=_quantities(problem, records),
+        quantities=_quantities(known, records),
     )
 
 
-def _quantities(problem: Problem | None, records: Sequence[Record]) -> tuple[Quantity, ...]:
+def _known(name: str) -> Problem | None:
+    try:
+        return problem(name)
+    except (UnknownName, ImportError):
+        return None
+
+
+def _quantities(known: Problem | None, records: Sequence[Record]) -> tuple[Quantity, ...]:
     losses = (Quantity("train", "training loss"), Quantity("test", "held-out loss"))
     if all(math.isnan(point.metric) for record in records for point in record.points):
         return losses
-    metric = getattr(problem, "metric", None)
+    metric = known.metric if known is not None else None
     return (
         *losses,
         Quantity("metric", metric.name, metric.better) if metric else Quantity("metric", "metric", "higher"),
@@ -223,7 +229,7 @@ def _entries(records: Sequence[Record], looks: Mapping[str, tuple[str, Dash]]) -
         variants = [groups[place] for place in sorted(groups) if place[0] == method]
         differing = _differing([run[0].spec.settings for run in variants])
         colour, dash = looks[method]
-        title = method_title(method)
+        title = title_of(method)
         entry = Entry(method, title, colour, dash, ())
         for number, runs in enumerate(variants):
             runs = sorted(runs, key=lambda record: record.spec.seed)
@@ -263,7 +269,7 @@ def _place(table: Mapping[str, Any], name: str) -> tuple[int, str]:
 
 def _natural(text: str) -> tuple[str, float]:
     amount, _, unit = text.partition(" ")
-    return (unit, float(amount)) if unit in ("epochs", "steps", "seconds") else (text, 0.0)
+    return (unit, float(amount)) if unit in BUDGETS else (text, 0.0)
 
 
 def _plain(value: Any) -> str:

@@ -23,6 +23,7 @@ from .checks import number, period
 from .cohort import Cohort, Given, Group, Piece, cohorts
 from .kernels import Kernel, kernel_for
 from .moments import Weight
+from .phases import phase
 from .recipe import Clip, Recipe
 from .roots import RootJob
 from .rules import Tensors, gated
@@ -111,17 +112,20 @@ def directions(
     active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, lineup, heard, given)]
     kernels = {id(cohort): kernel_for(cohort, groups) if together.steps else None for cohort in active}
     composed = [cohort for cohort in active if kernels[id(cohort)] is None]
-    for cohort in composed:
-        cohort.listen(groups, gate)
-    together.refresh(due_jobs(composed))
-    for cohort in composed:
-        cohort.correct()
-    finished = [Direction(cohort, cohort.direct(gate)) for cohort in composed]
-    sizes = together.total(_clip_sizes(finished, groups))
-    shrink = {clip: rules.clip_scale(clip, size) for clip, size in sizes.items()}
-    for one in finished:
-        clip = one.cohort.recipe.rule.clip
-        one.shrink = None if clip is None else shrink[clip]
+    with phase("statistics"):
+        for cohort in composed:
+            cohort.listen(groups, gate)
+    with phase("refresh"):
+        together.refresh(due_jobs(composed))
+    with phase("precondition and apply"):
+        for cohort in composed:
+            cohort.correct()
+        finished = [Direction(cohort, cohort.direct(gate)) for cohort in composed]
+        sizes = together.total(_clip_sizes(finished, groups))
+        shrink = {clip: rules.clip_scale(clip, size) for clip, size in sizes.items()}
+        for one in finished:
+            clip = one.cohort.recipe.rule.clip
+            one.shrink = None if clip is None else shrink[clip]
     whole = [Direction(cohort, (), kernel=kernels[id(cohort)]) for cohort in active if kernels[id(cohort)] is not None]
     return finished + whole
 
@@ -136,18 +140,20 @@ def settle(finished: Iterable[Direction]) -> None:
 
 def follow(finished: Iterable[Direction], heard: Mapping[Unit, Means], gate: Tensor | None) -> None:
     """Let blocks learn from the step that was taken."""
-    for one in finished:
-        one.cohort.follow(heard, gate)
+    with phase("statistics"):
+        for one in finished:
+            one.cohort.follow(heard, gate)
 
 
 def advance(finished: Iterable[Direction], groups: Sequence[Group], gate: Tensor | None) -> None:
     """Step along the directions."""
-    for one in finished:
-        if one.kernel is not None:
-            one.kernel(one.cohort, groups, gate)
-            continue
-        one.cohort.remember()
-        _update(one, groups, gate)
+    with phase("precondition and apply"):
+        for one in finished:
+            if one.kernel is not None:
+                one.kernel(one.cohort, groups, gate)
+                continue
+            one.cohort.remember()
+            _update(one, groups, gate)
 
 
 def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:

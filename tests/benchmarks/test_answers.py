@@ -131,7 +131,7 @@ def test_trials_are_medians_over_tuning_seeds_and_no_worse_than_no_training():
         record("sgd", 101, (3, 50.0), settings={"lr": 1.0}),
     ]
     found = answers.trials(one(tuned))["sgd"]
-    assert [(trial.settings["lr"], trial.value, trial.diverged) for trial in found] == [(0.1, 0.5, 0), (1.0, 3.0, 1)]
+    assert [(trial.settings["lr"], trial.value, trial.lost) for trial in found] == [(0.1, 0.5, 0), (1.0, 3.0, 1)]
 
 
 def test_sensitivity_sorts_values_and_leaves_out_what_is_no_number():

@@ -12,10 +12,11 @@ import pytest
 from made_up import diverged, record
 from rich.console import Console
 
+from benchmarks.compare import compare
 from benchmarks.page import Cell, page, table
-from benchmarks.records import RecordError
+from benchmarks.records import RecordError, Results
 from benchmarks.report import write_report
-from benchmarks.terminal import compare, show
+from benchmarks.terminal import show
 
 _VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -168,30 +169,37 @@ def test_the_terminal_shows_medians_intervals_and_divergence():
     assert "Data: Generated: no file <found>." in text
 
 
-def test_folders_are_compared_run_by_run():
+def folder_of(records, folder):
+    results = Results(folder)
+    for one in records:
+        results.add(one)
+    return folder
+
+
+def compared(tmp_path, first, second):
+    console = Console(record=True, width=150, file=io.StringIO())
+    compare(folder_of(first, tmp_path / "old"), folder_of(second, tmp_path / "new"), console)
+    return console.export_text()
+
+
+def test_folders_are_compared_run_by_run(tmp_path):
     first = [record("mbf", seed, (3, 2, 1 + seed)) for seed in range(3)]
     second = [record("mbf", seed, (3, 2, 0.5 + seed / 2), pace=0.3) for seed in range(4)]
-    console = Console(record=True, width=150, file=io.StringIO())
-    console.print(compare(first, second))
-    text = console.export_text()
+    text = compared(tmp_path, first, second)
     (row,) = (line for line in text.splitlines() if "MBF" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")] == [
-        "Small CNN on digits",
-        "MBF",
-        "3",
-        "0.500",
-        "0.500",
-        "3.000",
-    ]
-    assert "In one folder only: 1." in text
-    with pytest.raises(RecordError, match="no run is in both folders: pairs need the same problem"):
-        compare(first, [record("adam")])
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["Small CNN on digits", "MBF", "3", "0", "× 0.500", "× 0.500", "× 3.000", "× 1.000"]
+    assert re.search(r"Only in \S+old: 0 runs; only in \S+new: 1", text)
 
 
-def test_comparison_survives_divergence():
-    console = Console(record=True, width=150, file=io.StringIO())
-    console.print(compare([diverged("mbf"), record("mbf", 1)], [diverged("mbf"), diverged("mbf", 1)]))
-    assert "∞ (1.000 to ∞)" in console.export_text()
+def test_folders_with_nothing_in_common_cannot_be_compared(tmp_path):
+    with pytest.raises(RecordError, match="have no run in common: they must agree in problem"):
+        compared(tmp_path, [record("mbf")], [record("adam")])
+
+
+def test_comparison_survives_divergence(tmp_path):
+    text = compared(tmp_path, [diverged("mbf"), record("mbf", 1)], [diverged("mbf"), diverged("mbf", 1)])
+    assert "× ∞ (1.000 to ∞)" in text
 
 
 def sortable():
