@@ -52,6 +52,7 @@ class Data:
 
     train: Split
     test: Split
+    note: str = ""
 
 
 def digits(_: Path | None = None) -> Data:

@@ -152,7 +152,7 @@ def optuna_watch(space: Space, tried: Sequence[Trial], score: Callable[[Point], 
 
     def watch(point: Point) -> bool:
         trial.report(score(point), point.step)
-        return trial.should_prune()
+        return bool(trial.should_prune())
 
     return watch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods import MethodError
-from .naming import UnknownName
+from .naming import UnknownName, problem
 from .records import BUDGETS, RecordError
 from .space import Range, Space, dimension
 from .study import Budget, Study, StudyError, Tuning, known_keys
@@ -50,6 +50,8 @@ def study_of(content: Mapping[str, Any]) -> Study:
             raise StudyError(f"{name} must be a table, got {given[name]!r}")
     if not isinstance(given["title"], str):
         raise StudyError(f"title must be a text, got {given['title']!r}")
+    for name in given["problems"]:
+        problem(name)  # before what is said of it
     budget, given["budgets"] = _budgets(given.pop("budget", {}), given["problems"])
     if "tuning" in given:
         known_keys("tuning", given["tuning"], [one.name for one in fields(Tuning)])
