@@ -19,11 +19,11 @@ from .naming import UnknownName, problem
 from .problems import PROBLEMS
 from .records import Record, RecordError, Results
 from .search import SEARCHES, SearchError
+from .sections import mixed
 from .session import report, run_study
 from .speed import SpeedError, add_speed, run_speed
 from .study import DIGITS, MAIN, Budget, Study, StudyError, Tuning
 from .study_file import read_study
-from .summary import mixed
 from .team import RunError
 
 _EXAMPLES = """examples:

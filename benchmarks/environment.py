@@ -61,7 +61,9 @@ def _git(*arguments: str) -> str:
 def _version(package: str) -> str:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    distributions = metadata.packages_distributions().get(package)  # slow, for packages of another name than their modules
+    distributions = metadata.packages_distributions().get(
+        package
+    )  # slow, for packages of another name than their modules
     return metadata.version(distributions[0]) if distributions else "unknown"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,30 @@ from curvlib.labels import Likelihood
 
 from . import data
 from .data import Data, Split
+from .records import Point
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What people quote besides the loss."""
+
+    name: str
+    better: Literal["lower", "higher"]
+    of: Callable[[Tensor, Split], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What counts as reached: a running average of batch losses, a held-out loss or a held-out metric."""
+
+    of: Literal["train", "test", "metric"]
+    value: float
+
+    def reached(self, point: Point, problem: Problem) -> bool:
+        """Whether an evaluation is at the target."""
+        if self.of == "metric" and problem.metric is not None and problem.metric.better == "higher":
+            return point.metric >= self.value
+        return float(getattr(point, self.of)) <= self.value
 
 
 @dataclass(frozen=True)
@@ -45,9 +69,9 @@ class Problem:
     likelihood: Likelihood
     batch_size: int
     epochs: int
-    target: float
+    target: Target
     points: int = 1
-    metric: Any = None
+    metric: Metric | None = None
     seconds: float | None = None
     tunable: str = "train"
 
@@ -107,8 +131,12 @@ def steps_of(problem: Problem, data: Data, epochs: int) -> int:
 
 
 def batches(problem: Problem, split: Split, seed: int, start: int, stop: int) -> Iterator[Split]:
+    """Batches number ``start`` to ``stop`` of a problem's size; see :func:`shuffled`."""
+    return shuffled(split, problem.batch_size, seed, start, stop)
+
+
+def shuffled(split: Split, size: int, seed: int, start: int, stop: int) -> Iterator[Split]:
     """Batches number ``start`` to ``stop``: every epoch in an order of its own, a function of seed and epoch alone."""
-    size = problem.batch_size
     each = len(split) // size
     order: Tensor | None = None
     for number in range(start, stop):
@@ -133,7 +161,7 @@ PROBLEMS = {
             "bernoulli",
             batch_size=128,
             epochs=40,
-            target=20.0,
+            target=Target("train", 20.0),
         ),
         Problem(
             "digits-cnn",
@@ -145,7 +173,7 @@ PROBLEMS = {
             "categorical",
             batch_size=128,
             epochs=15,
-            target=0.1,
+            target=Target("train", 0.1),
         ),
         Problem(
             "mnist-autoencoder",
@@ -157,7 +185,7 @@ PROBLEMS = {
             "bernoulli",
             batch_size=1000,
             epochs=20,
-            target=70.0,
+            target=Target("train", 70.0),
         ),
     )
 }

@@ -78,7 +78,9 @@ def main() -> int:
     lines = len(Results(options.folder / "together").file.read_bytes().splitlines())
     equal = equal and numbers(options.folder / "together") == expected and lines == len(expected)
     verdict = "equal" if equal else "different"
-    sys.stdout.write(f"{kills} kills in {rounds} studies, and two processes at once: {len(expected)} records, {verdict}\n")
+    sys.stdout.write(
+        f"{kills} kills in {rounds} studies, and two processes at once: {len(expected)} records, {verdict}\n"
+    )
     return 0 if equal else 1
 
 

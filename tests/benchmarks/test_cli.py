@@ -168,7 +168,7 @@ def test_a_run_that_fails_does_not_stop_the_others():
 
 
 def test_settings_that_are_refused_are_said_before_anything_runs():
-    status, text = run("run", write(STUDY + '[settings.adam]\nmomentun = 0.9\n[settings.Other]\nlr = -1.0\n'))
+    status, text = run("run", write(STUDY + "[settings.adam]\nmomentun = 0.9\n[settings.Other]\nlr = -1.0\n"))
     assert (status, text.count("\n")) == (2, 1)
     assert "adam refuses the settings" in text
     assert "momentun" in text
@@ -220,7 +220,9 @@ def test_without_a_network_the_way_out_is_named(monkeypatch):
 
 
 def test_several_processes_stop_cleanly_and_end_with_the_same_numbers(tmp_path):
-    text = STUDY.replace('"tiny"', '"digits-cnn"').replace("steps = 12", "steps = 80").replace("[tuning]\ntrials = 3", "")
+    text = (
+        STUDY.replace('"tiny"', '"digits-cnn"').replace("steps = 12", "steps = 80").replace("[tuning]\ntrials = 3", "")
+    )
     Path("study.toml").write_text(text.replace("seeds = [0, 1]", "seeds = [0]\nthreads = 1"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "benchmarks", "run", "study.toml", "--jobs", "2", "--out", "many"]
@@ -247,5 +249,12 @@ def test_several_processes_stop_cleanly_and_end_with_the_same_numbers(tmp_path):
 
 
 def test_spans_of_time_are_readable():
-    assert [span(seconds) for seconds in (None, 5, 119, 121, 7300, 200000)] == ["–", "5 s", "119 s", "2 min", "2 h", "2 d"]
+    assert [span(seconds) for seconds in (None, 5, 119, 121, 7300, 200000)] == [
+        "–",
+        "5 s",
+        "119 s",
+        "2 min",
+        "2 h",
+        "2 d",
+    ]
     assert spec().budget == "5 epochs"

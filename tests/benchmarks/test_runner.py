@@ -90,7 +90,9 @@ def test_a_search_may_give_a_run_up(tmp_path):
 # -- the clock --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mbf", "kfac", "kbfgs", "adahessian", "adam", "torch.optim:AdamW", "torch.optim:LBFGS"])
+@pytest.mark.parametrize(
+    "name", ["mbf", "kfac", "kbfgs", "adahessian", "adam", "torch.optim:AdamW", "torch.optim:LBFGS"]
+)
 def test_the_parts_of_a_step_add_up(tmp_path, name):
     record = run(spec(name, epochs=5, lr=1e-3), tmp_path)
     assert set(record.parts) == set(PARTS)
