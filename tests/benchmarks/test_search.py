@@ -127,7 +127,7 @@ def test_dimensions_are_read_as_a_study_file_has_them():
     assert dimension({"low": 1, "high": 10}) == Range(1.0, 10.0)
     assert dimension([1, [2, 3]]) == Choice((1, (2, 3)))
     for wrong in ({"low": 1}, {"low": 1, "high": "x"}, {"low": 2, "high": 1}, {"low": 0, "high": 1}, 3, "x", []):
-        with pytest.raises(ValueError, match="low|list"):
+        with pytest.raises(ValueError, match=r"low|list"):
             dimension(wrong)
 
 

@@ -119,7 +119,7 @@ def test_what_is_wrong_in_a_file_is_named(read, before, after, words):
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(StudyError, match="no.toml does not exist"):
+    with pytest.raises(StudyError, match=r"no\.toml does not exist"):
         read_study(tmp_path / "no.toml")
 
 
