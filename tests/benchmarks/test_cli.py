@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import runner
+from benchmarks import runner, session
 from benchmarks.cli import main
 from benchmarks.display import span
 from benchmarks.records import Results
@@ -32,6 +32,26 @@ def _place(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures take longer than the runs; who looks at them asks for them."""
+    return monkeypatch.setattr(session, "write_report", REPORT)
+
+
+REPORT = session.write_report
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch):
+    def quick(records, folder, title, tuning):
+        assert records
+        folder.mkdir(exist_ok=True)
+        (folder / "index.html").write_text(title)
+        return folder / "index.html"
+
+    monkeypatch.setattr(session, "write_report", quick)
 
 
 def run(*arguments):
@@ -98,7 +118,7 @@ def test_help_teaches(capsys):
     assert run("list")[0] == 0
 
 
-def test_a_study_file_tunes_runs_and_reports():
+def test_a_study_file_tunes_runs_and_reports(drawn):
     status, text = run("run", write(STUDY), "--out", "out")
     assert status == 0
     results = Results(Path("out"))

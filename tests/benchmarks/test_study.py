@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +78,14 @@ def test_a_file_says_all_that_python_says(read):
     )
     assert read(written(study)) == study
     assert read(written(DIGITS)) == DIGITS
+
+
+def test_the_page_on_studies_has_a_file_that_works(read):
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    study = read(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    assert study.fixed_for("digits-cnn", "Big eps=adam") == {"eps": 1e-2}
+    assert study.fixed_for("digits-cnn", "adam") == {"weight_decay": 1e-4}
+    assert set(study.space_for("digits-cnn", "torch.optim:NAdam")) == {"lr", "weight_decay"}
 
 
 @pytest.mark.parametrize(
