@@ -8,7 +8,7 @@ from torch import nn
 import curvlib
 from benchmarks.data import Data, Split
 from benchmarks.methods import METHODS, Method
-from benchmarks.problems import Problem, classification
+from benchmarks.problems import Problem, Target, classification
 from benchmarks.records import Spec
 
 
@@ -29,7 +29,7 @@ TINY = Problem(
     "categorical",
     batch_size=16,
     epochs=5,
-    target=0.8,
+    target=Target("train", 0.8),
     points=2,
 )
 
