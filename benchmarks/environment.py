@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -58,11 +59,12 @@ def _git(*arguments: str) -> str:
 
 @cache
 def _version(package: str) -> str:
-    distributions = metadata.packages_distributions().get(package, [package])
-    try:
-        return metadata.version(distributions[0])
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    distributions = metadata.packages_distributions().get(
+        package
+    )  # slow, for packages of another name than their modules
+    return metadata.version(distributions[0]) if distributions else "unknown"
 
 
 def _precision(device: str) -> str:

@@ -131,8 +131,12 @@ def steps_of(problem: Problem, data: Data, epochs: int) -> int:
 
 
 def batches(problem: Problem, split: Split, seed: int, start: int, stop: int) -> Iterator[Split]:
+    """Batches number ``start`` to ``stop`` of a problem's size; see :func:`shuffled`."""
+    return shuffled(split, problem.batch_size, seed, start, stop)
+
+
+def shuffled(split: Split, size: int, seed: int, start: int, stop: int) -> Iterator[Split]:
     """Batches number ``start`` to ``stop``: every epoch in an order of its own, a function of seed and epoch alone."""
-    size = problem.batch_size
     each = len(split) // size
     order: Tensor | None = None
     for number in range(start, stop):

@@ -3,7 +3,6 @@ import torch
 
 from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
-
 from tests.benchmarks.tiny import TINY, WILD
 
 

@@ -1,4 +1,4 @@
-"""Kill -9 at random moments: a study is run in a process that is killed again and again, and compared with one that is not.
+"""Kill -9 at random moments, and two processes at once: studies must end with the records of one that was left alone.
 
     python -m tests.benchmarks.killing FOLDER --kills 20 --steps 400
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import sklearn.datasets  # noqa: F401  so that no child spends its time on it
 import torch
+import torch._dynamo  # which optimizers import
 from rich.console import Console
 
 from benchmarks import runner
@@ -60,24 +61,32 @@ def main() -> int:
     began = time.monotonic()
     assert os.waitpid(launch(options.folder / "whole", options.steps), 0)[1] == 0
     whole = time.monotonic() - began
-    generator, kills, torn = random.Random(0), 0, 0
+    expected = numbers(options.folder / "whole")
+    generator, kills, rounds, equal = random.Random(0), 0, 0, True
     while kills < options.kills:
-        pid = launch(options.folder / "killed", options.steps)
-        time.sleep(whole * generator.uniform(0.02, 1.2) / (1 + options.kills / 5))
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        if not os.WIFSIGNALED(status):
-            break  # it was done before
-        kills += 1
-        torn += bool(list((options.folder / "killed").rglob("*.partial")))
-    assert os.waitpid(launch(options.folder / "killed", options.steps), 0)[1] == 0
-    one, other = (
-        {record.spec.key: record.reproducible() for record in Results(options.folder / name).records()}
-        for name in ("whole", "killed")
+        folder, rounds, status = options.folder / f"killed-{rounds}", rounds + 1, -1
+        while kills < options.kills and status != 0:
+            pid = launch(folder, options.steps)
+            time.sleep(whole * generator.uniform(0.02, 0.4))
+            os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+            kills += os.WIFSIGNALED(status)
+        assert os.waitpid(launch(folder, options.steps), 0)[1] == 0
+        equal = equal and numbers(folder) == expected
+    together = [launch(options.folder / "together", options.steps) for _ in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid in together] == [0, 0]
+    lines = len(Results(options.folder / "together").file.read_bytes().splitlines())
+    equal = equal and numbers(options.folder / "together") == expected and lines == len(expected)
+    verdict = "equal" if equal else "different"
+    sys.stdout.write(
+        f"{kills} kills in {rounds} studies, and two processes at once: {len(expected)} records, {verdict}\n"
     )
-    verdict = "equal" if one == other else "different"
-    sys.stdout.write(f"{kills} kills, {torn} with a half-written checkpoint left: {len(other)} records, {verdict}\n")
-    return 0 if verdict == "equal" else 1
+    return 0 if equal else 1
+
+
+def numbers(folder: Path) -> dict[str, object]:
+    """What must not depend on kills."""
+    return {record.spec.key: record.reproducible() for record in Results(folder).records()}
 
 
 if __name__ == "__main__":

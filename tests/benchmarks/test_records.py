@@ -74,7 +74,9 @@ def test_a_line_that_was_cut_off_is_cut_and_lost_alone(tmp_path, cut):
     assert [one.spec.seed for one in reader.records()] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("damage", [b'{"key": 1}', b"junk", b"[]", b"\xff\xfe", b'{"key": "a", "spec": {}, "points": {}}'])
+@pytest.mark.parametrize(
+    "damage", [b'{"key": 1}', b"junk", b"[]", b"\xff\xfe", b'{"key": "a", "spec": {}, "points": {}}']
+)
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, damage):
     results = Results(tmp_path)
     for seed in range(3):
@@ -165,6 +167,8 @@ def test_a_run_is_claimed_once_and_a_dead_process_holds_nothing(tmp_path):
 
 def test_the_environment_says_what_decides_times():
     found = environment("cpu", "rich.console")
-    assert {"commit", "python", "packages", "system", "processor", "cores", "device", "threads", "precision"} == set(found)
+    assert {"commit", "python", "packages", "system", "processor", "cores", "device", "threads", "precision"} == set(
+        found
+    )
     assert {"curvlib", "torch", "rich"} <= set(found["packages"])
     assert "unknown" not in found["packages"].values()

@@ -124,7 +124,9 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
 
 
 def test_without_tuning_runs_come_seed_by_seed_with_known_settings(tmp_path):
-    study = Study("", ("digits-cnn", "tiny"), ("mbf", "adam"), (0, 1), settings={"adam": {"lr": 3.0, "tiny": {"lr": 4.0}}})
+    study = Study(
+        "", ("digits-cnn", "tiny"), ("mbf", "adam"), (0, 1), settings={"adam": {"lr": 3.0, "tiny": {"lr": 4.0}}}
+    )
     wanted = study.wanted(Results(tmp_path))
     order = [(spec.problem, spec.seed, spec.method) for spec in wanted]
     assert order == [(p, s, m) for p in study.problems for s in (0, 1) for m in study.methods]
