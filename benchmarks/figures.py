@@ -150,7 +150,7 @@ def sensitivities(section: Section, tried: Mapping[str, Sequence[Trial]]) -> Fig
     if not names:
         return None
     panels = sorted(names, key=lambda name: (name != "lr", name != "damping"))[:6]
-    across = min(3, len(panels))
+    across = 2 if len(panels) in (2, 4) else min(3, len(panels))
     down = math.ceil(len(panels) / across)
     shown = [name for name, mine in tried.items() if varied(mine)]
     quantity = section.judged
@@ -286,7 +286,8 @@ def _decades(axis: Any) -> None:
     """Plain numbers on a logarithmic axis, between powers of ten only where it spans little more than one."""
     low, high = axis.get_view_interval()
     span = math.log10(high / low)
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    plain = FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}".replace("e-0", "e-"))
+    axis.set_major_locator(LogLocator(numticks=6))
     axis.set_major_formatter(plain)
     if span > 2.1:
         axis.set_minor_formatter(NullFormatter())

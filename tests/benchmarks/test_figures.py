@@ -2,6 +2,7 @@
 
 import math
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 
 import pytest
 from made_up import diverged, record
@@ -28,11 +29,14 @@ def study(count, **more):
 def tuning(count):
     return [
         record(
-            name, 100, (2.3, 0.01 * (1 + place + abs(math.log10(lr / 0.1)))), settings={"lr": lr, "damping": damping}
+            name,
+            100,
+            (2.3, 0.01 * (1 + place + abs(math.log10(lr / 0.1)))),
+            settings={"lr": lr, "damping": damping, "eps": eps},
         )
         for place, name in enumerate([*METHODS][:count])
         for lr in (0.01, 0.1, 1.0)
-        for damping in (1e-3, 1e-2)
+        for damping, eps in ((3e-7, 1e-12), (3.0, 1e-3))
     ]
 
 
@@ -59,6 +63,15 @@ def whole(figure: Figure) -> None:
         assert page.y0 - 1 <= box.y0, text
         assert box.y1 <= page.y1 + 1, text
     renderer = figure.canvas.get_renderer()
+    for axes in figure.axes:
+        for place, axis in enumerate((axes.xaxis, axes.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [
+                tick for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if low <= tick.get_loc() <= high
+            ]
+            seen = [tick.label1 for tick in ticks if tick.label1.get_visible() and tick.label1.get_text()]
+            spans = sorted((*text.get_window_extent(renderer).get_points()[:, place], text.get_text()) for text in seen)
+            assert all(before[1] < after[0] for before, after in pairwise(spans)), spans
     labels = [label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label) if label.get_text()]
     extents = [label.get_window_extent(renderer) for label in labels]
     for legend in figure.legends:
