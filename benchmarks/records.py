@@ -269,7 +269,11 @@ def unwritten(file: Path, error: OSError) -> RecordError:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it is never seen half written, not even after a power cut."""
+    """Write a file so that it is never seen half written, not even after a power cut.
+
+    Raises:
+        RecordError: where the disk is full; what was there before is unharmed.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
@@ -278,9 +282,9 @@ def write_whole(file: Path, content: bytes) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(partial, file)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise unwritten(file, error) from None
 
 
 def _append(file: Path, line: bytes) -> None:

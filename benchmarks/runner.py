@@ -28,7 +28,7 @@ from .environment import commit, environment
 from .methods import memory, method, module_of
 from .naming import problem as problem_named
 from .problems import Problem, batches, evaluate, steps_of
-from .records import Point, Record, RecordError, Results, Spec, unwritten, write_whole
+from .records import Point, Record, RecordError, Results, Spec, write_whole
 
 Progress = Callable[[float, float], None]
 Watch = Callable[[Point], bool]
@@ -170,10 +170,7 @@ def _run(
 
         def save() -> None:
             run.peak = max(before, peak.read())
-            try:
-                write_whole(checkpoint, _content(run, bench))
-            except OSError as error:
-                raise unwritten(checkpoint, error) from None
+            write_whole(checkpoint, _content(run, bench))
 
         status = _train(run, bench, save, progress, interrupted, watch)
         notes = [data.note] if data.note else []

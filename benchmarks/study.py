@@ -188,7 +188,11 @@ class Study:
             return None
         place = (spec.problem, spec.method)
         space, score = self.space_for(*place), self.score(spec.problem)
-        earlier = [one for one in results.records() if (one.spec.problem, one.spec.method) == place]
+        earlier = [
+            one
+            for one in results.records()
+            if (one.spec.problem, one.spec.method, one.spec.budget) == (*place, spec.budget)
+        ]
         trials = [
             trial_of({name: one.spec.settings[name] for name in space}, [one], score)
             for one in earlier

@@ -125,7 +125,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(records.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RecordError, match="checkpoints/x could not be written, the disk is full"):
         write_whole(file, b"new")
     assert file.read_bytes() == b"old"
     assert [one.name for one in file.parent.iterdir()] == ["x"]

@@ -231,15 +231,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_full_disk_stops_a_run_that_goes_on_later(tmp_path, monkeypatch):
     whole = run(spec(), tmp_path / "whole")
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
-    real, writes = runner.write_whole, []
+    real, writes = os.fsync, []
 
-    def full(file, content):
-        writes.append(file)
+    def full(descriptor):
+        writes.append(descriptor)
         if len(writes) == 5:
             raise OSError(28, "No space left on device")
-        real(file, content)
+        real(descriptor)
 
-    monkeypatch.setattr(runner, "write_whole", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RecordError, match="the disk is full"):
         run(spec(), tmp_path / "parts")
     resumed = run(spec(), tmp_path / "parts")
