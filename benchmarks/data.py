@@ -52,6 +52,7 @@ class Data:
 
     train: Split
     test: Split
+    note: str = ""
 
 
 def digits(_: Path | None = None) -> Data:
@@ -83,7 +84,7 @@ def mnist(folder: Path | None = None) -> Data:
         images = _official(folder, f"{prefix}-images-idx3-ubyte", (count, 28, 28))
         labels = _official(folder, f"{prefix}-labels-idx1-ubyte", (count,))
         splits.append(Split(images.reshape(count, 784).float() / 255, labels.long()))
-    return Data(*splits)
+    return Data(splits[0], splits[1])
 
 
 def _official(folder: Path | None, name: str, shape: tuple[int, ...]) -> Tensor:

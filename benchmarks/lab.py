@@ -20,8 +20,8 @@ from curvlib.analysis import Comparison, Objective, Structure, compare, fisher
 from curvlib.blocks import EigenBlock
 
 from .data import Data, digits, mnist
+from .problems import shuffled
 from .records import write_whole
-from .runner import batches
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 """λ, as multiples of the mean eigenvalue of the layer's exact Fisher."""
@@ -247,7 +247,7 @@ def train(specimen: Specimen, data: Data, steps: int = 600, seed: int = 0) -> tu
     torch.manual_seed(seed)
     model = specimen.build()
     optimizer = curvlib.Adam(model, lr=3e-3)
-    for batch in batches(data.train, 128, seed, 0, steps):
+    for batch in shuffled(data.train, 128, seed, 0, steps):
         optimizer.zero_grad()
         F.cross_entropy(model(batch.inputs), batch.labels).backward()
         optimizer.step()

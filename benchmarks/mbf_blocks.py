@@ -25,8 +25,8 @@ from curvlib.moments import accumulate
 from curvlib.optimizers.mbf import LINEAR_BLOCKS, PUBLISHED
 
 from .data import DataError
-from .problems import PROBLEMS
-from .runner import batches, warm_start
+from .problems import PROBLEMS, batches
+from .runner import warm_start
 
 GROUPINGS = ("row-major", "output-averaged", "input-averaged")
 _REFRESH, _STATISTICS, _BETA = PUBLISHED["refresh_every"], PUBLISHED["statistics_every"], 0.9
@@ -64,9 +64,10 @@ class Measured:
 def measure(folder: Path | None, steps: Sequence[int], seed: int = 0) -> Iterator[Measured]:
     """Train, and yield what is measured at each of ``steps`` (counted from 0)."""
     problem = PROBLEMS["mnist-autoencoder"]
-    train = problem.load(folder).train
+    data = problem.load(folder)
+    train = data.train
     torch.manual_seed(seed)
-    model = problem.build()
+    model = problem.build(data)
     optimizer = curvlib.MBF(model, **PUBLISHED)
     warm_start(problem, model, optimizer, train, seed)
     layers = [module for module in model.children() if isinstance(module, nn.Linear)]
@@ -80,7 +81,7 @@ def measure(folder: Path | None, steps: Sequence[int], seed: int = 0) -> Iterato
     live = {key: torch.zeros(1, *[layout.regions[0].factors[0].size] * 2) for key, layout in layouts.items()}
     frozen = {key: value.clone() for key, value in live.items()}
     momentum = {layer: torch.zeros(1, layer.out_features, layer.in_features + 1) for layer in layers}
-    for step, batch in enumerate(batches(train, problem.batch_size, seed, 0, max(steps) + 1)):
+    for step, batch in enumerate(batches(problem, train, seed, 0, max(steps) + 1)):
         optimizer.zero_grad()
         problem.loss(model(batch.inputs), batch).backward()
         for layer in layers:

@@ -34,10 +34,10 @@ from curvlib.analysis import Objective, Operator
 from curvlib.analysis.figures import STYLE, as_svg
 from curvlib.optimizers.mbf import PUBLISHED
 
-from .data import DataError, Split
-from .problems import PROBLEMS
+from .data import Data, DataError, Split
+from .problems import PROBLEMS, batches
 from .records import environment, write_whole
-from .runner import SMOOTHING, batches, warm_start
+from .runner import SMOOTHING, warm_start
 
 GROUPINGS = ("row-major", "output-averaged", "input-averaged")
 CODE = "6"
@@ -90,9 +90,9 @@ class Twin:
 def overshoots(train: Split, steps: int = 100, every: int = 2, seed: int = 0) -> Iterator[Overshoot]:
     """Train with row-major blocks, and yield what every grouping would do to the code layer."""
     torch.manual_seed(seed)
-    model = _PROBLEM.build()
+    model = _PROBLEM.build(Data(train, train))
     twins = {grouping: Twin(model, grouping, train, seed) for grouping in GROUPINGS}
-    for step, batch in enumerate(batches(train, _PROBLEM.batch_size, seed, 0, steps)):
+    for step, batch in enumerate(batches(_PROBLEM, train, seed, 0, steps)):
         _gradient(model, batch)
         moves = {grouping: twin.step(model) for grouping, twin in twins.items()}
         if step % every == every - 1:
@@ -111,12 +111,12 @@ def overshoots(train: Split, steps: int = 100, every: int = 2, seed: int = 0) ->
 def crossed(train: Split, directions: str, lengths: str, epochs: int, seed: int = 0) -> list[float]:
     """The running average of the training loss after every epoch; ends with infinity where training diverges."""
     torch.manual_seed(seed)
-    model = _PROBLEM.build()
+    model = _PROBLEM.build(Data(train, train))
     twins = {grouping: Twin(model, grouping, train, seed) for grouping in {directions, lengths}}
     each = len(train) // _PROBLEM.batch_size
     losses: list[float] = []
     average = math.nan
-    for step, batch in enumerate(batches(train, _PROBLEM.batch_size, seed, 0, epochs * each)):
+    for step, batch in enumerate(batches(_PROBLEM, train, seed, 0, epochs * each)):
         loss = _gradient(model, batch)
         average = loss if step == 0 else SMOOTHING * average + (1 - SMOOTHING) * loss
         if not math.isfinite(loss) or loss > 1e4:

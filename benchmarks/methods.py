@@ -9,8 +9,9 @@ were tuned on seed 100 for 10 epochs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ from torch import nn
 import curvlib
 from curvlib.optimizers.mbf import PUBLISHED
 
+from .naming import UnknownName, imported, nearest
+from .space import OUTSIDE, SPACES, Space
+
 Settings = Mapping[str, Any]
+
+
+class MethodError(ValueError):
+    """What is no method, or settings that it cannot have."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Method:
         dash: line style, so that figures can be read without colour.
         settings: problem -> settings there.
         everywhere: settings that do not depend on the problem; ``warm_start`` asks for the MBF authors' pass over the data.
+        space: where a search looks for settings.
     """
 
     name: str
@@ -43,22 +52,96 @@ class Method:
     dash: str
     settings: Mapping[str, Settings]
     everywhere: Settings = field(default_factory=dict)
+    space: Space = field(default_factory=lambda: OUTSIDE)
 
     def settings_for(self, problem: str) -> dict[str, Any]:
         """The settings on a problem."""
         return {**self.everywhere, **self.settings.get(problem, {})}
 
     def optimizer(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-        """The optimizer of a model."""
-        return self.build(model, **settings)
+        """The optimizer of a model; lists become tuples, as optimizers want them.
+
+        Raises:
+            MethodError: naming the setting that is refused.
+        """
+        given = {name: tuple(one) if isinstance(one, list) else one for name, one in settings.items()}
+        try:
+            return self.build(model, **given)
+        except (TypeError, ValueError) as error:
+            raise MethodError(f"{self.name} refuses the settings {given}: {error}") from error
+
+
+_COLOURS = ("#332288", "#117733", "#AA4499", "#882255", "#44AA99", "#999933", "#661100", "#6699CC")
+_DASHES = ("-", "--", "-.", ":")
+
+
+def label(name: str) -> str:
+    """What a method is called in a study: what stands before ``=`` in its name, or all of it."""
+    return name.partition("=")[0]
+
+
+def title_of(name: str) -> str:
+    """What a method is called in tables and figures, also where it is not installed here."""
+    return METHODS[name].title if name in METHODS else label(name)
+
+
+def method(name: str) -> Method:
+    """A method by its name.
+
+    Args:
+        name: one of :data:`METHODS`; ``module:Name`` of a torch optimizer, of a function from a model and settings to one, or
+            of a :class:`Method`; or ``Label=`` and one of these, to have it several times under several settings.
+
+    Raises:
+        UnknownName, MethodError: where there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    known = label(name)
+    if "=" in name:
+        colour, dash = _look(known)
+        return replace(method(name.partition("=")[2]), name=name, title=known, settings={}, colour=colour, dash=dash)
+    if ":" not in name:
+        raise UnknownName(
+            f"unknown method {name!r}{nearest(name, METHODS)} there are {', '.join(METHODS)}; others are given as "
+            "module:Class, such as torch.optim:AdamW"
+        )
+    found = imported(name)
+    if isinstance(found, Method):
+        return replace(found, name=name)
+    if inspect.isclass(found) and not issubclass(found, curvlib.CurvatureOptimizer):
+        if not issubclass(found, torch.optim.Optimizer):
+            raise MethodError(f"{name} is no torch.optim.Optimizer, but a {found.__mro__[1].__name__}")
+        takes_parameters: Callable[..., torch.optim.Optimizer] = found
+
+        def build(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+            """Other packages' optimizers take parameters."""
+            return takes_parameters(model.parameters(), **settings)
+    elif callable(found):
+        build = found
+    else:
+        raise MethodError(f"{name} is no optimizer, function or Method, but {type(found).__name__}")
+    return Method(name, name, build, *_look(name), settings={})
+
+
+def _look(name: str) -> tuple[str, str]:
+    """A colour and a dash that are always the same for a name."""
+    number = sum(name.encode())
+    return _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
+
+
+def module_of(name: str) -> str:
+    """The module that a method comes from, or nothing for the named ones."""
+    outside = name.partition("=")[2] or name
+    return outside.partition(":")[0] if ":" in outside else ""
 
 
 _PER_INPUT = {"linear_blocks": "input-averaged"}
 _PUBLISHED = {**PUBLISHED, "warm_start": True}
 
-METHODS = {
-    method.name: method
-    for method in (
+METHODS: dict[str, Method] = {
+    one.name: replace(one, space=SPACES[one.name])
+    for one in (
         Method(
             "mbf",
             "MBF",

@@ -1,66 +1,83 @@
-"""One run: a problem trained by a method from a seed, resumable at any step, with a clock that stops for evaluations."""
+"""One run: a problem trained by a method from a seed, resumable at any step, with a clock that stops for all else."""
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
+import random
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import curvlib
 
+from .clock import REST, Clock, Peak
 from .data import Data, Split
-from .methods import METHODS, memory
-from .problems import PROBLEMS, Problem, evaluate
-from .records import Point, Record, RecordError, Spec, environment, write_whole
+from .environment import commit, environment
+from .methods import memory, method, module_of
+from .naming import problem as problem_named
+from .problems import Problem, batches, evaluate, steps_of
+from .records import Point, Record, RecordError, Results, Spec, write_whole
 
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[float, float], None]
+Watch = Callable[[Point], bool]
 SMOOTHING = 0.9
-_CHECKPOINT_SECONDS = 10.0
+CHECKPOINT_SECONDS = 10.0
 
 
 @dataclass
 class Run:
-    """A run in progress; everything but model and optimizer.
+    """A run in progress; everything but model, optimizer and clock.
 
     Attributes:
         step: steps taken.
-        seconds: training time so far.
         average: the running average of batch losses.
         points: evaluations so far.
-        times: seconds of every step so far.
+        peak: most bytes held so far.
+        commits: code versions that took part.
     """
 
     step: int = 0
-    seconds: float = 0.0
     average: float = math.nan
     points: list[Point] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+    peak: int = 0
+    commits: list[str] = field(default_factory=list)
 
 
-def results_file(folder: Path, spec: Spec) -> Path:
-    """Where the record of a run lies."""
-    return folder / "runs" / f"{spec.key}.json"
+@dataclass
+class Bench:
+    """What a run works on."""
 
+    spec: Spec
+    problem: Problem
+    data: Data
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    clock: Clock
+    device: str
 
-def checkpoint_file(folder: Path, spec: Spec) -> Path:
-    """Where an unfinished run is kept."""
-    return folder / "runs" / f"{spec.key}.checkpoint"
+    @property
+    def steps(self) -> int | None:
+        """How many steps the budget has; a budget of seconds has none."""
+        if self.spec.epochs is not None:
+            return steps_of(self.problem, self.data, self.spec.epochs)
+        return self.spec.steps
 
-
-def steps_of(problem: Problem, data: Data, epochs: int) -> int:
-    """The number of steps in a budget."""
-    return epochs * (len(data.train) // problem.batch_size)
+    def spent(self, step: int) -> float:
+        """The share of the budget that is used up."""
+        steps = self.steps
+        return step / steps if steps is not None else min(1.0, self.clock.seconds / (self.spec.seconds or math.inf))
 
 
 @contextmanager
@@ -91,126 +108,177 @@ def held_interrupts() -> Iterator[Callable[[], bool]]:
         raise KeyboardInterrupt
 
 
-def execute(spec: Spec, data: Data, folder: Path, progress: Progress | None = None) -> Record:
+def execute(
+    spec: Spec,
+    data: Data,
+    results: Results,
+    progress: Progress | None = None,
+    *,
+    device: str = "cpu",
+    watch: Watch | None = None,
+) -> Record | None:
     """Run, or go on where a checkpoint stands; a finished run is only read.
 
     Args:
         spec: what to run.
         data: its data.
-        folder: of the study.
-        progress: called after every step with (step, steps, running average).
+        results: where records and checkpoints are kept.
+        progress: called after every step with the share of the budget that is used up and the running average; it may
+            raise KeyboardInterrupt to stop the run.
+        device: where to train.
+        watch: called at every evaluation; says whether the run is to be pruned.
+
+    Returns:
+        The record; none where another process is busy with this run.
 
     Raises:
         KeyboardInterrupt: after saving a checkpoint, if a step was taken.
-        RecordError: where the record or checkpoint of this run is damaged.
+        RecordError: where a file of this run is damaged or cannot be written.
     """
-    finished = results_file(folder, spec)
-    if finished.is_file():
-        return Record.load(finished)
-    problem, method = PROBLEMS[spec.problem], METHODS[spec.method]
-    steps = steps_of(problem, data, spec.epochs)
+    if (done := results.known(spec)) is not None:
+        return done
+    lock = results.claim(spec)
+    if lock is None:
+        return None
+    try:
+        done = results.known(spec)  # another process may have finished it meanwhile
+        if done is None:
+            done = _run(spec, data, results, progress, device, watch)
+        return done
+    finally:
+        results.leave(spec, lock)
+
+
+def _run(
+    spec: Spec, data: Data, results: Results, progress: Progress | None, device: str, watch: Watch | None
+) -> Record:
+    problem, chosen = problem_named(spec.problem), method(spec.method)
     settings = dict(spec.settings)
     warms = settings.pop("warm_start", False)
-    torch.manual_seed(spec.seed)
-    model = problem.build()
-    optimizer = method.optimizer(model, settings)
-    checkpoint = checkpoint_file(folder, spec)
-    run = _load(checkpoint, model, optimizer)
+    _seed(spec.seed)
+    model = problem.build(data).to(device)
+    optimizer = chosen.optimizer(model, settings)
+    bench = Bench(spec, problem, _moved(data, device), model, optimizer, Clock(device), device)
+    checkpoint = results.checkpoint(spec)
+    run = _load(checkpoint, bench)
+    if commit() not in run.commits:
+        run.commits.append(commit())
     if run.step == 0 and warms:
-        warm_start(problem, model, optimizer, data.train, spec.seed)
+        warm_start(problem, model, optimizer, bench.data.train, spec.seed)
+    peak, before = Peak(device), run.peak
     with held_interrupts() as interrupted:
-        status = _train(run, problem, model, optimizer, data, steps, spec, checkpoint, progress, interrupted)
-        record = Record(spec, status, tuple(run.points), statistics.median(run.times), memory(optimizer), environment())
-        record.save(finished)
-        checkpoint.unlink(missing_ok=True)
+
+        def save() -> None:
+            run.peak = max(before, peak.read())
+            write_whole(checkpoint, _content(run, bench))
+
+        status = _train(run, bench, save, progress, interrupted, watch)
+        notes = [data.note] if data.note else []
+        if len(run.commits) > 1:
+            notes.append(f"Stopped and resumed under several code versions: {', '.join(run.commits)}.")
+        record = Record(
+            spec,
+            status,
+            tuple(run.points),
+            statistics.median(bench.clock.times),
+            memory(optimizer),
+            environment(device, module_of(spec.method)),
+            bench.clock.parts,
+            max(before, peak.read()),
+            " ".join(notes),
+        )
+        results.add(record)
+        results.known(spec)
     return record
 
 
 def _train(
     run: Run,
-    problem: Problem,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Data,
-    steps: int,
-    spec: Spec,
-    checkpoint: Path,
+    bench: Bench,
+    save: Callable[[], None],
     progress: Progress | None,
     interrupted: Callable[[], bool],
+    watch: Watch | None,
 ) -> str:
-    every = max(1, steps // (spec.epochs * problem.points))
+    problem, data, clock, steps = bench.problem, bench.data, bench.clock, bench.steps
+    every = max(1, steps_of(problem, data, 1) // problem.points)
     saved = time.monotonic()
     if run.step == 0:
-        first = evaluate(model, problem, data.train)
-        run.average = first
-        run.points.append(Point(0, 0.0, first, evaluate(model, problem, data.test)))
-    for batch in batches(data.train, problem.batch_size, spec.seed, run.step, steps):
-        start = time.perf_counter()
-        loss = _step(problem, model, optimizer, batch)
-        took = time.perf_counter() - start
+        run.average, _ = evaluate(bench.model, problem, data.train)
+        run.points.append(Point(0, 0.0, run.average, *evaluate(bench.model, problem, data.test)))
+    arriving = batches(problem, data.train, bench.spec.seed, run.step, steps or 1 << 62)
+    while bench.spent(run.step) < 1:
+        loss = _step(bench, arriving)
         run.step += 1
-        run.seconds += took
-        run.times.append(took)
         run.average = SMOOTHING * run.average + (1 - SMOOTHING) * loss if run.step > 1 else loss
-        diverged = not math.isfinite(loss)
-        if diverged or run.step % every == 0 or run.step == steps:
-            test = math.nan if diverged else evaluate(model, problem, data.test)
-            run.points.append(Point(run.step, run.seconds, run.average, test))
+        diverged, over = not math.isfinite(loss), bench.spent(run.step) >= 1
+        if diverged or over or run.step % every == 0:
+            judged = (math.nan, math.nan) if diverged else evaluate(bench.model, problem, data.test)
+            run.points.append(Point(run.step, clock.seconds, run.average, *judged))
+            if not (diverged or over) and watch is not None and watch(run.points[-1]):
+                return "pruned"
         if diverged:
             return "diverged"
         try:
             if progress is not None:
-                progress(run.step, steps, run.average)
+                progress(bench.spent(run.step), run.average)
             if interrupted():
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
-            _save(checkpoint, run, model, optimizer)
+            save()
             raise
-        if time.monotonic() - saved > _CHECKPOINT_SECONDS:
-            _save(checkpoint, run, model, optimizer)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            save()
             saved = time.monotonic()
     return "finished"
 
 
-def _step(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Split) -> float:
-    """One training step; the loss, or NaN where gradients are no longer finite."""
+def _step(bench: Bench, arriving: Iterator[Split]) -> float:
+    """One training step, timed; the loss, or NaN where gradients are no longer finite."""
+    problem, model, optimizer, clock = bench.problem, bench.model, bench.optimizer, bench.clock
 
-    def closure() -> float:
+    def gradients() -> Tensor:
         """What a method may want to see once more after its step."""
-        optimizer.zero_grad()
-        outputs = model(batch.inputs)
-        loss = problem.loss(outputs, batch)
-        retain = False
-        if isinstance(optimizer, curvlib.CurvatureOptimizer):
-            optimizer.observe(outputs, problem.likelihood, loss=loss)
-            retain = optimizer.needs_graph
-        loss.backward(retain_graph=retain)
-        return loss.item()
+        with clock.phase(REST):
+            optimizer.zero_grad()
+        with clock.phase("forward and backward"), torch.enable_grad():
+            outputs = model(batch.inputs)
+            loss = problem.loss(outputs, batch)
+            retain = False
+            if isinstance(optimizer, curvlib.CurvatureOptimizer):
+                optimizer.observe(outputs, problem.likelihood, loss=loss)
+                retain = optimizer.needs_graph
+            loss.backward(retain_graph=retain)
+        return loss.detach()
 
-    try:
-        return float(optimizer.step(closure))
-    except curvlib.NonFiniteGradient:
-        return math.nan
+    with clock.step():
+        batch = next(arriving)
+        try:
+            if _wants_closure(type(optimizer)):
+                with clock.phase("precondition and apply"):
+                    loss = torch.as_tensor(optimizer.step(gradients))  # type: ignore[arg-type]
+            else:
+                loss = gradients()
+                with clock.phase("precondition and apply"):
+                    optimizer.step()
+            return float(loss)
+        except (curvlib.NonFiniteGradient, torch.linalg.LinAlgError):
+            return math.nan
 
 
-def batches(split: Split, size: int, seed: int, start: int, stop: int) -> Iterator[Split]:
-    """Batches number ``start`` to ``stop``: every epoch in an order of its own, a function of seed and epoch alone."""
-    each = len(split) // size
-    order: Tensor | None = None
-    for number in range(start, stop):
-        epoch, place = divmod(number, each)
-        if order is None or place == 0:
-            generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-            order = torch.randperm(len(split), generator=generator)
-        chosen = order[place * size : (place + 1) * size]
-        yield Split(split.inputs[chosen], split.labels[chosen])
+def _wants_closure(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether a step evaluates the model by itself: ours may do so again, and such as L-BFGS cannot do without."""
+    if issubclass(kind, curvlib.CurvatureOptimizer):
+        return True
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def warm_start(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, train: Split, seed: int) -> None:
     """The MBF authors' pass over the data with labels sampled from the model."""
     if not isinstance(optimizer, curvlib.CurvatureOptimizer):
         raise TypeError(f"{type(optimizer).__name__} has no warm start")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(train.inputs.device).manual_seed(seed)
 
     def loss(batch: Split) -> Tensor:
         outputs = model(batch.inputs)
@@ -219,29 +287,67 @@ def warm_start(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimi
             return problem.loss(outputs, Split(batch.inputs, drawn))
         return problem.loss(outputs, Split(drawn, batch.labels))
 
-    optimizer.warm_start(batches(train, problem.batch_size, seed, 0, len(train) // problem.batch_size), loss)
+    each = len(train) // problem.batch_size
+    optimizer.warm_start(batches(problem, train, seed, 0, each), loss)
 
 
-def _save(file: Path, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _moved(data: Data, device: str) -> Data:
+    if device == "cpu":
+        return data
+    splits = [Split(one.inputs.to(device), one.labels.to(device)) for one in (data.train, data.test)]
+    return replace(data, train=splits[0], test=splits[1])
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _random_states() -> dict[str, Any]:
+    """Of every generator that an optimizer or a layer may draw from."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }
+
+
+def _restore(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def _content(run: Run, bench: Bench) -> bytes:
+    clock = bench.clock
     content: dict[str, Any] = {
-        "run": {**vars(run), "points": [vars(point) for point in run.points]},
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
+        "run": {**vars(run), "points": [asdict(point) for point in run.points]},
+        "clock": {"seconds": clock.seconds, "parts": clock.parts, "times": clock.times},
+        "model": bench.model.state_dict(),
+        "optimizer": bench.optimizer.state_dict(),
+        "random": _random_states(),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_whole(file, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _load(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Run:
+def _load(file: Path, bench: Bench) -> Run:
     if not file.is_file():
         return Run()
     try:
-        content = torch.load(file, weights_only=True)
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["random"])
+        content = torch.load(file, weights_only=True, map_location="cpu")
+        bench.model.load_state_dict(content["model"])
+        bench.optimizer.load_state_dict(content["optimizer"])
+        vars(bench.clock).update(content["clock"])
+        _restore(content["random"])
         points = [Point(**point) for point in content["run"].pop("points")]
         return Run(**content["run"], points=points)
     except Exception as error:  # damaged bytes make the unpickler raise anything

@@ -1,146 +1,173 @@
-"""Summaries over seeds: what a table shows of each method on a problem."""
+"""What tables show of each entry of a section, and everything as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .methods import METHODS
-from .problems import PROBLEMS
+from . import scaling
+from .answers import breakdown, finals, hit, paired, reference, to_target
+from .intervals import UNKNOWN, Interval, median_interval
+from .page import Cell
 from .records import Record
-
-REFERENCE = "adam"
+from .scaling import Longer
+from .sections import Entry, Quantity, Section, settings_key
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one problem; medians over seeds.
+    """One entry of a section; medians over seeds with their intervals.
 
     Attributes:
-        problem: its name.
-        method: its name.
-        seeds: number of runs.
-        diverged: how many of them diverged.
-        train: (median, least, largest) final training loss, running average over batches.
-        test: the same of the held-out loss.
-        step_ms: median milliseconds of a step.
-        relative: step time over the reference method's with the same seed; NaN without it.
+        section: what it belongs to.
+        entry: the runs.
+        finals: for every quantity of the section.
+        steps: to the target, with misses as infinite.
+        seconds: to the target.
+        longer: how much more time tuned Adam would need to where this ends.
+        longer_steps: the same in steps.
+        step_seconds: of a step.
+        relative: step time over tuned Adam's with the same seed.
         memory: bytes of optimizer state.
-        steps_to_target: median steps to the problem's target, infinite where fewer than half of the runs reach it.
-        seconds_to_target: the same in seconds of training.
+        peak: bytes of the process or GPU at most; 0 where it was not measured.
     """
 
-    problem: str
-    method: str
-    seeds: int
-    diverged: int
-    train: tuple[float, float, float]
-    test: tuple[float, float, float]
-    step_ms: float
-    relative: float
+    section: Section
+    entry: Entry
+    finals: tuple[Interval, ...]
+    steps: Interval
+    seconds: Interval
+    longer: Longer
+    longer_steps: Longer
+    step_seconds: Interval
+    relative: Interval
     memory: int
-    steps_to_target: float
-    seconds_to_target: float
+    peak: int
 
 
-def summarize(records: Iterable[Record]) -> list[Row]:
-    """One row for every method on every problem, in the order of the tables."""
-    by_place: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        by_place.setdefault((record.spec.problem, record.spec.method), []).append(record)
-    order = [(problem, method) for problem in PROBLEMS for method in METHODS]
-    return [_row(by_place[place], by_place.get((place[0], REFERENCE), ())) for place in order if place in by_place]
+def summarize(section: Section) -> list[Row]:
+    """One row for every entry, in the order of the section."""
+    adam = reference(section)
+    return [_row(section, entry, adam) for entry in section.entries]
 
 
-def mixed(records: Iterable[Record]) -> tuple[str, str] | None:
-    """(problem, method) whose runs differ in settings or budget, so that they are no seeds of one thing; or none."""
-    first: dict[tuple[str, str], Record] = {}
-    for record in records:
-        place = (record.spec.problem, record.spec.method)
-        other = first.setdefault(place, record).spec
-        if (record.spec.settings, record.spec.epochs) != (other.settings, other.epochs):
-            return place
-    return None
-
-
-def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
-    problem = PROBLEMS[records[0].spec.problem]
-    hits = [reached(record, problem.target) for record in records]
-    times = {record.spec.seed: record.step_seconds for record in reference}
-    ratios = [one.step_seconds / times[one.spec.seed] for one in records if one.spec.seed in times]
+def _row(section: Section, entry: Entry, adam: Entry | None) -> Row:
+    steps, seconds = to_target(entry, section.problem)
+    # A metric follows no power law: where tuning looks at one, the held-out loss is extrapolated instead.
+    loss = section.judged if section.judged.name != "metric" else section.quantities[1]
+    waits = [scaling.longer(adam, entry, loss, one) if adam else scaling.UNKNOWN for one in ("seconds", "step")]
     return Row(
-        problem=problem.name,
-        method=records[0].spec.method,
-        seeds=len(records),
-        diverged=sum(record.status == "diverged" for record in records),
-        train=_spread([_final(record, "train") for record in records]),
-        test=_spread([_final(record, "test") for record in records]),
-        step_ms=1e3 * statistics.median(record.step_seconds for record in records),
-        relative=statistics.median(ratios) if ratios else math.nan,
-        memory=max(record.memory for record in records),
-        steps_to_target=statistics.median(step for step, _ in hits),
-        seconds_to_target=statistics.median(seconds for _, seconds in hits),
+        section=section,
+        entry=entry,
+        finals=tuple(finals(entry, quantity) for quantity in section.quantities),
+        steps=steps,
+        seconds=seconds,
+        longer=waits[0],
+        longer_steps=waits[1],
+        step_seconds=median_interval([one.step_seconds for one in entry.records if not math.isnan(one.step_seconds)]),
+        relative=paired(entry, adam) if adam else UNKNOWN,
+        memory=max(record.memory for record in entry.records),
+        peak=max(record.peak for record in entry.records),
     )
 
 
-def reached(record: Record, target: float) -> tuple[float, float]:
-    """(steps, seconds) at the first evaluation whose training loss is at the target; infinite if there is none."""
-    for point in record.points:
-        if point.train <= target:
-            return point.step, point.seconds
-    return math.inf, math.inf
+@dataclass(frozen=True)
+class Column:
+    """What a column shows.
+
+    Args:
+        heading: above it.
+        meaning: in words.
+        cell: of a row.
+        detailed: whether a terminal shows the details of its cells as well.
+    """
+
+    heading: str
+    meaning: str
+    cell: Callable[[Row], Cell]
+    detailed: bool = False
 
 
-def _final(record: Record, split: str) -> float:
-    """The last loss; infinite after divergence, so that it counts as worst."""
-    value = float(getattr(record.points[-1], split))
-    return math.inf if record.status == "diverged" or math.isnan(value) else value
+def columns(section: Section) -> list[Column]:
+    """The columns that have something to say about a section."""
+    found = [
+        Column("Method", "the optimizer, with the settings that tell it from others", _name, True),
+        Column("Runs", "seeds, and how many of them diverged", _runs, True),
+    ]
+    for place, quantity in enumerate(section.quantities):
+        found.append(_final(section, place, quantity))
+    if section.goal:
+        found += [
+            Column("Steps to target", section.goal, lambda row: interval_cell(row.steps, "{:.0f}")),
+            Column(
+                "Time to target", f"{section.goal}; training time", lambda row: interval_cell(row.seconds, time_text)
+            ),
+        ]
+    if reference(section) is not None:
+        found += [
+            Column("Adam would need", "tuned Adam's training time to where this ends, over this method's", _longer),
+            Column("Step / Adam's", "paired by seed", lambda row: interval_cell(row.relative, "{:.2f}")),
+        ]
+    found += [
+        Column("Step", "median time of a step", lambda row: interval_cell(row.step_seconds, time_text)),
+        Column("State", "the optimizer's own memory", lambda row: Cell(bytes_text(row.memory), order=row.memory)),
+    ]
+    if any(record.peak for entry in section.entries for record in entry.records):
+        found.append(Column("Peak", "peak memory of the process, or of the GPU", lambda row: _peak(row.peak)))
+    return found
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    return statistics.median(values), min(values), max(values)
+def _name(row: Row) -> Cell:
+    return Cell(row.entry.title, order=row.entry.title)
 
 
-HEADINGS = (
-    "Method",
-    "Seeds",
-    "Train loss",
-    "Held-out loss",
-    "ms/step",
-    "× Adam",
-    "Memory",
-    "Steps to target",
-    "Time to target",
-)
+def _runs(row: Row) -> Cell:
+    count, diverged = len(row.entry.records), row.entry.diverged
+    return Cell(str(count), f"{diverged} diverged" if diverged else "", count - diverged)
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row as text, under :data:`HEADINGS`."""
-    seeds = str(row.seeds) + (f" ({row.diverged} diverged)" if row.diverged else "")
-    missed = "–"
-    return (
-        METHODS[row.method].title,
-        seeds,
-        _range(row.train),
-        _range(row.test),
-        f"{row.step_ms:.1f}",
-        missed if math.isnan(row.relative) else f"{row.relative:.2f}",
-        _bytes(row.memory),
-        missed if math.isinf(row.steps_to_target) else f"{row.steps_to_target:.0f}",
-        missed if math.isinf(row.seconds_to_target) else f"{row.seconds_to_target:.2f} s",
-    )
+def _final(section: Section, place: int, quantity: Quantity) -> Column:
+    title = quantity.title[0].upper() + quantity.title[1:]
+    meaning = f"at the end; {quantity.better} is better"
+    return Column(title, meaning, lambda row: interval_cell(row.finals[place], "{:#.4g}"), quantity == section.judged)
 
 
-def _range(values: tuple[float, float, float]) -> str:
-    middle, low, high = ("∞" if math.isinf(value) else f"{value:.3g}" for value in values)
-    return f"{middle} ({low} to {high})"
+def _longer(row: Row) -> Cell:
+    steps = f"in steps {row.longer_steps.text}" if not math.isnan(row.longer_steps.factor) else ""
+    return Cell(row.longer.text, steps, row.longer.factor)
 
 
-def _bytes(count: float) -> str:
+def _peak(count: int) -> Cell:
+    return Cell(bytes_text(count), order=count) if count else Cell("–")
+
+
+def interval_cell(value: Interval, form: str | Callable[[float], str]) -> Cell:
+    """A median, its interval under it where it is more than a point, and what it is sorted by."""
+    if not value.known:
+        return Cell("–")
+    middle, low, high = (_number(one, form) for one in (value.middle, value.low, value.high))
+    return Cell(middle, "" if value.low == value.high else f"{low} to {high}", value.middle)
+
+
+def _number(value: float, form: str | Callable[[float], str]) -> str:
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return form(value) if callable(form) else form.format(value)
+
+
+def time_text(seconds: float) -> str:
+    """A duration for people."""
+    for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (180.0, 1.0, "s"), (10800.0, 1 / 60, "min")):
+        if abs(seconds) < limit:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds / 3600:.3g} h"
+
+
+def bytes_text(count: float) -> str:
+    """A size for people."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -148,19 +175,94 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-_COLUMNS = (
-    *("problem", "method", "seeds", "diverged", "train_median", "train_min", "train_max"),
-    *("test_median", "test_min", "test_max", "step_ms", "relative_to_adam", "memory_bytes"),
-    *("steps_to_target", "seconds_to_target"),
-)
+def summary_csv(rows: Iterable[Row]) -> str:
+    """Every row with full precision: medians and the ends of their intervals."""
+    names = ("train", "test", "metric", "steps_to_target", "seconds_to_target", "step_seconds", "step_over_adam")
+    spread = [f"{name}_{part}" for name in names for part in ("median", "low", "high")]
+    waits = ("adam_needs_seconds", "adam_needs_seconds_how", "adam_needs_steps", "adam_needs_steps_how")
+    head = (
+        "problem",
+        "budget",
+        "method",
+        "settings",
+        "runs",
+        "diverged",
+        *spread,
+        *waits,
+        "state_bytes",
+        "peak_bytes",
+        "parts",
+    )
+    return _csv(head, (_values(row) for row in rows))
 
 
-def as_csv(rows: Iterable[Row]) -> str:
-    """All rows, with full precision."""
+def _values(row: Row) -> list[object]:
+    spec = row.entry.records[0].spec
+    values = [*row.finals, *[UNKNOWN] * (3 - len(row.finals)), row.steps, row.seconds, row.step_seconds, row.relative]
+    spread = [end for value in values for end in (value.middle, value.low, value.high)]
+    waits = (row.longer.factor, row.longer.how, row.longer_steps.factor, row.longer_steps.how)
+    start = (
+        spec.problem,
+        row.section.budget,
+        spec.method,
+        settings_key(spec),
+        len(row.entry.records),
+        row.entry.diverged,
+    )
+    parts = " ".join(f"{name}={seconds!r};" for name, seconds in breakdown(row.entry).items())
+    return [*start, *spread, *waits, row.memory, row.peak, parts]
+
+
+def runs_csv(uses: Sequence[tuple[str, Section]]) -> str:
+    """One line for every run."""
+    head = (
+        "use",
+        "problem",
+        "budget",
+        "method",
+        "settings",
+        "seed",
+        "status",
+        "steps",
+        "seconds",
+        "train",
+        "test",
+        "metric",
+    )
+    more = ("steps_to_target", "seconds_to_target", "step_seconds", "state_bytes", "peak_bytes", "note", "key")
+    return _csv((*head, *more), (_run(use, section, record) for use, section, record in _all(uses)))
+
+
+def _run(use: str, section: Section, record: Record) -> list[object]:
+    spec, last = record.spec, record.points[-1]
+    reached = hit(record, section.problem) if section.problem is not None and section.goal else (math.nan, math.nan)
+    ends = (record.status, last.step, last.seconds, last.train, last.test, last.metric)
+    costs = (record.step_seconds, record.memory, record.peak, record.note, spec.key)
+    return [use, spec.problem, section.budget, spec.method, settings_key(spec), spec.seed, *ends, *reached, *costs]
+
+
+def curves_csv(uses: Sequence[tuple[str, Section]]) -> str:
+    """One line for every evaluation of every run."""
+    head = ("key", "use", "problem", "budget", "method", "seed", "step", "seconds", "train", "test", "metric")
+    lines = (
+        (*_place(use, section, record), point.step, point.seconds, point.train, point.test, point.metric)
+        for use, section, record in _all(uses)
+        for point in record.points
+    )
+    return _csv(head, lines)
+
+
+def _place(use: str, section: Section, record: Record) -> tuple[object, ...]:
+    return record.spec.key, use, record.spec.problem, section.budget, record.spec.method, record.spec.seed
+
+
+def _all(uses: Sequence[tuple[str, Section]]) -> Iterable[tuple[str, Section, Record]]:
+    return ((use, section, record) for use, section in uses for entry in section.entries for record in entry.records)
+
+
+def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for row in rows:
-        ends = (row.step_ms, row.relative, row.memory, row.steps_to_target, row.seconds_to_target)
-        writer.writerow((row.problem, row.method, row.seeds, row.diverged, *row.train, *row.test, *ends))
+    writer.writerow(head)
+    writer.writerows(rows)
     return buffer.getvalue()

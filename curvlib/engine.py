@@ -23,6 +23,7 @@ from .checks import number, period
 from .cohort import Cohort, Given, Group, Piece, cohorts
 from .kernels import Kernel, kernel_for
 from .moments import Weight
+from .phases import phase
 from .recipe import Clip, Recipe
 from .roots import RootJob
 from .rules import Tensors, gated
@@ -122,17 +123,20 @@ def directions(
     active = [cohort for bucket in buckets for cohort in cohorts(bucket, recipes, lineup, heard, given)]
     kernels = {id(cohort): kernel_for(cohort, groups) if together.steps else None for cohort in active}
     composed = [cohort for cohort in active if kernels[id(cohort)] is None]
-    for cohort in composed:
-        cohort.listen(groups, gate)
-    together.refresh(due_jobs(composed))
-    for cohort in composed:
-        cohort.correct()
-    finished = [Direction(cohort, gate) for cohort in composed]
-    sizes = together.total(_clip_sizes(finished, groups))
-    shrink = {clip: rules.clip_scale(clip, size) for clip, size in sizes.items()}
-    for one in finished:
-        clip = one.cohort.recipe.rule.clip
-        one.shrink = None if clip is None else shrink[clip]
+    with phase("statistics"):
+        for cohort in composed:
+            cohort.listen(groups, gate)
+    with phase("refresh"):
+        together.refresh(due_jobs(composed))
+    with phase("precondition and apply"):
+        for cohort in composed:
+            cohort.correct()
+        finished = [Direction(cohort, gate) for cohort in composed]
+        sizes = together.total(_clip_sizes(finished, groups))
+        shrink = {clip: rules.clip_scale(clip, size) for clip, size in sizes.items()}
+        for one in finished:
+            clip = one.cohort.recipe.rule.clip
+            one.shrink = None if clip is None else shrink[clip]
     return finished + [Direction(cohort, gate, None, kernel) for cohort in active if (kernel := kernels[id(cohort)])]
 
 
@@ -146,19 +150,21 @@ def settle(finished: Iterable[Direction]) -> None:
 
 def follow(finished: Iterable[Direction], heard: Mapping[Unit, Means], gate: Tensor | None) -> None:
     """Let blocks learn from the step that was taken."""
-    for one in finished:
-        one.cohort.follow(heard, gate)
+    with phase("statistics"):
+        for one in finished:
+            one.cohort.follow(heard, gate)
 
 
 def advance(finished: Iterable[Direction], groups: Sequence[Group], gate: Tensor | None) -> None:
     """Step along the directions."""
-    for one in finished:
-        if one.kernel is not None:
-            one.kernel(one.cohort, groups, gate)
-            continue
-        one.cohort.remember()
-        _update(one, groups, gate)
-        one.forget()
+    with phase("precondition and apply"):
+        for one in finished:
+            if one.kernel is not None:
+                one.kernel(one.cohort, groups, gate)
+                continue
+            one.cohort.remember()
+            _update(one, groups, gate)
+            one.forget()
 
 
 def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:

@@ -20,6 +20,7 @@ from .layers import Reading, Slot
 from .layerwise import scale_steps
 from .models import Layerwise, Model, Quadratic
 from .passes import Passes
+from .phases import phase
 from .precision import full_precision
 from .quadratic import Minimum, adapted, minimise
 from .ranks import Ranks
@@ -157,10 +158,11 @@ class Listening(Ranks):
             self._taps.abandon()
             self._passes.clear()
         self._taps.renew()
-        if outputs is not None:
-            self._observe_outputs(outputs, likelihood, mask, generator, scale)
-        if loss is not None:
-            self._observe_loss(loss, generator)
+        with phase("statistics"):
+            if outputs is not None:
+                self._observe_outputs(outputs, likelihood, mask, generator, scale)
+            if loss is not None:
+                self._observe_loss(loss, generator)
         observed = loss if outputs is None else outputs
         assert observed is not None
         self._taps.wait(observed)

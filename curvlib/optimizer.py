@@ -19,6 +19,7 @@ from .inspection import Inspection
 from .layers import Reading, Slot, survey
 from .listening import Listening, evidence
 from .passes import Passes
+from .phases import phase
 from .precision import full_precision
 from .recipe import Recipe
 from .routing import Route, Table, as_table
@@ -242,7 +243,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
                 self._shards.count(active, self.state, 0)
             return loss
         settings = [self._group_settings(group) for group in self.param_groups]
-        heard, given = (self._heard(active, settings), self._given(active, settings)) if lineup.asks else ({}, {})
+        with phase("statistics"):
+            heard, given = (self._heard(active, settings), self._given(active, settings)) if lineup.asks else ({}, {})
         gate = self._check_gradients(lineup, settings, heard, given)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)

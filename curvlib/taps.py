@@ -23,6 +23,7 @@ from .blocks import State, Sums, block_for
 from .ears import Ear, TapError
 from .hooks import FORWARD, Hook, graph_task, save
 from .layers import Reading
+from .phases import phase
 from .precision import full_precision
 from .recipe import Recipe
 from .signals import Index, Signal
@@ -159,7 +160,8 @@ class Taps:
         def hear(delta: Tensor) -> None:
             mine = taps()
             if mine is not None and not mine._paused:
-                mine._hear(module, saved, born, delta, mine._declared.get(forward))
+                with phase("statistics"):
+                    mine._hear(module, saved, born, delta, mine._declared.get(forward))
 
         output.register_hook(hear)
 

@@ -13,8 +13,8 @@ import curvlib
 from benchmarks import mbf_lengths
 from benchmarks.data import Data, Split
 from benchmarks.mbf_lengths import GROUPINGS, Twin, crossed, overshoots
-from benchmarks.problems import PROBLEMS, autoencoder
-from benchmarks.runner import batches, warm_start
+from benchmarks.problems import PROBLEMS, autoencoder, batches
+from benchmarks.runner import warm_start
 from curvlib.optimizers.mbf import PUBLISHED
 
 
@@ -24,7 +24,7 @@ def train(monkeypatch):
     split = Split(inputs, torch.zeros(60, dtype=torch.int64))
     small = replace(
         PROBLEMS["mnist-autoencoder"],
-        build=lambda: autoencoder(12, 8, 6, 5, 3, 5, 6, 8, 12),
+        build=lambda _: autoencoder(12, 8, 6, 5, 3, 5, 6, 8, 12),
         batch_size=10,
         load=lambda _: Data(split, split),
     )
@@ -36,11 +36,11 @@ def train(monkeypatch):
 def test_uncrossed_is_mbf_as_published(train, grouping):
     problem = mbf_lengths._PROBLEM
     torch.manual_seed(3)
-    model = problem.build()
+    model = problem.build(Data(train, train))
     optimizer = curvlib.MBF(model, **{**PUBLISHED, "linear_blocks": grouping})
     warm_start(problem, model, optimizer, train, 3)
     average = None
-    for batch in batches(train, 10, 3, 0, 12):
+    for batch in batches(problem, train, 3, 0, 12):
         optimizer.zero_grad()
         loss = problem.loss(model(batch.inputs), batch)
         loss.backward()
@@ -54,9 +54,9 @@ def test_a_crossed_step_has_one_direction_and_another_length(train, monkeypatch)
     monkeypatch.setattr(mbf_lengths, "_move", lambda model, move: moves.append(move))
     crossed(train, "output-averaged", "row-major", 1)
     torch.manual_seed(0)
-    model = mbf_lengths._PROBLEM.build()
+    model = mbf_lengths._PROBLEM.build(Data(train, train))
     twins = [Twin(model, grouping, train, 0) for grouping in ("output-averaged", "row-major")]
-    for batch, found in zip(batches(train, 10, 0, 0, 6), moves, strict=True):
+    for batch, found in zip(batches(mbf_lengths._PROBLEM, train, 0, 0, 6), moves, strict=True):
         mbf_lengths._gradient(model, batch)
         direction, length = (twin.step(model) for twin in twins)
         for layer in ("0", "6"):
