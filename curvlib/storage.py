@@ -187,7 +187,8 @@ class Storage:
 
     buckets: list[Bucket] = field(default_factory=list)
     _records: list[Record] = field(default_factory=list)
-    _marks: list[tuple[Record, Tensor, Tensor, torch.device]] = field(default_factory=list)
+    _marks: list[tuple[Record, Tensor, Tensor]] = field(default_factory=list)
+    _devices: list[torch.device] = field(default_factory=list)
 
     def holds(self, units: Iterable[Unit], state: dict[Tensor, Record]) -> bool:
         """Whether all units are bound, and their records still are the views that were handed out."""
@@ -196,9 +197,10 @@ class Storage:
 
     def intact(self, state: dict[Tensor, Record]) -> bool:
         """Whether the records of all that is bound still are the views that were handed out."""
-        # No parameter is looked up, since hundreds are asked at every step.
+        # No parameter is looked up, and lists are compared whole, since hundreds are asked at every step.
         same = len(state) == len(self._records) and all(map(is_, state.values(), self._records))
-        return same and all([r.get("step") is step and p.device == device for r, step, p, device in self._marks])
+        same = same and all([record.get("step") is step for record, step, _ in self._marks])
+        return same and [parameter.device for _, _, parameter in self._marks] == self._devices
 
     def bind(
         self, units: Iterable[tuple[Unit, Recipe]], state: dict[Tensor, Record], alone: Container[Unit] = ()
@@ -229,8 +231,9 @@ class Storage:
                     if name in old:
                         view.copy_(torch.as_tensor(old[name]).reshape(view.shape))
                 state[parameter] = record
-                self._marks.append((record, record["step"], parameter, parameter.device))
+                self._marks.append((record, record["step"], parameter))
         self._records = list(state.values())
+        self._devices = [parameter.device for _, _, parameter in self._marks]
 
 
 def structural(recipe: Recipe) -> Recipe:
