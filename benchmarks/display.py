@@ -14,6 +14,8 @@ from .records import Results, Spec
 from .study import Study
 from .team import Outcome, describe
 
+_REFRESH = 0.2  # seconds between two looks of a line
+
 
 class Display:
     """What happens in a session.
@@ -39,6 +41,7 @@ class Display:
         self._began: dict[Spec, float] = {}
         self._first: dict[Spec, float] = {}
         self._shares: dict[Spec, float] = {}
+        self._shown: dict[Spec, float] = {}
         self._tasks: dict[Spec, TaskID] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
@@ -63,6 +66,9 @@ class Display:
         if spec not in self._first:  # what a checkpoint brought took no time now
             self._first[spec], self._began[spec] = share, time.monotonic()
         self._shares[spec] = share
+        if time.monotonic() - self._shown.get(spec, 0.0) < _REFRESH:
+            return
+        self._shown[spec] = time.monotonic()
         text = f"{describe(spec)}{' · trial' * (spec.purpose == 'tuning')} · loss {average:.4g}"
         self._progress.update(self._tasks[spec], completed=share, description=text)
         done = self._done + sum(self._shares.values())

@@ -56,8 +56,8 @@ def run_study(
     threads = max(1, threads // jobs)
     if jobs > 1:
         console.print(
-            f"{jobs} runs at once, {threads} threads each: their times share the machine and are no measurement; steps, "
-            "losses and memory are.",
+            f"{jobs} runs at once, each on {threads} of torch's threads: their times share the machine and are no "
+            "measurement; steps, losses and memory are.",
             style="yellow",
             highlight=False,
         )
