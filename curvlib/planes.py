@@ -13,6 +13,7 @@ symmetric matrices the diagonals on and above the main one are read: P_d, the en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -41,6 +42,14 @@ def lay(matrix: Tensor) -> Tensor:
     f = matrix.shape[-1]
     planes = matrix.reshape(-1, f, f).permute(1, 2, 0).contiguous()
     return planes.permute(2, 0, 1).view(matrix.shape)
+
+
+def identities(shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
+    """Multiples of the identity, ``[..., f, f]``, by planes."""
+    f = shape[-1]
+    planes = torch.zeros(f, f, math.prod(shape[:-2]), dtype=dtype)
+    planes.diagonal(0, 0, 1).fill_(fill)
+    return planes.permute(2, 0, 1).view(shape)
 
 
 def laid(matrix: Tensor) -> bool:

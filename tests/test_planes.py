@@ -42,6 +42,12 @@ def test_a_batch_by_planes_holds_the_same_numbers_and_knows_it(f, dtype, seed, n
     assert not planes.laid(laid[: B - 1])
 
 
+def test_identities():
+    found = planes.identities((2, B, 3, 3), 0.5, torch.float64)
+    assert torch.equal(found, 0.5 * torch.eye(3, dtype=torch.float64).expand(2, B, 3, 3))
+    assert planes.laid(found.flatten(0, 1))
+
+
 @given(sizes, dtypes, st.integers(0, 99))
 @examples(max_examples=30, deadline=None)
 def test_products_with_vectors(f, dtype, seed):

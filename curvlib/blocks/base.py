@@ -57,10 +57,10 @@ class Spec:
         full = (n, *self.shape)
         if not self.identity:
             return torch.full(full, self.fill, dtype=self.dtype or dtype, device=device)
-        each = self.fill * torch.eye(self.shape[-1], dtype=self.dtype or dtype, device=device).expand(full)
         if self.planes and planes.suits(math.prod(full[:-2]), full[-1], device):
-            return planes.lay(each)
-        return each.clone()
+            return planes.identities(full, self.fill, self.dtype or dtype)
+        each = self.fill * torch.eye(self.shape[-1], dtype=self.dtype or dtype, device=device)
+        return each.expand(full).clone()
 
 
 @dataclass
