@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 _PANEL = 128  # columns of a large Gram matrix that are computed at once on a CPU
@@ -21,16 +23,22 @@ def add_grams(total: Tensor, rows: Tensor, gain: float, keep: float = 1.0) -> No
     elif total.shape[0] == 1:
         add_gram(total[0], rows[0], gain, keep)
     else:
-        total.baddbmm_(rows.mT, rows, beta=keep, alpha=gain)
+        for first, last in _panels(total):
+            across = rows[..., first:last].mT
+            total[:, first:last, first:].baddbmm_(across, rows[..., first:], beta=keep, alpha=gain)
+            total[:, last:, first:last].copy_(total[:, first:last, last:].mT)
 
 
 def add_gram(total: Tensor, rows: Tensor, gain: float, keep: float = 1.0) -> None:
-    """The same of one matrix, on a CPU panel by panel: what lies below the diagonal is copied, not computed."""
-    size = total.shape[0]
-    if size < 2 * _PANEL or total.device.type != "cpu":
-        total.addmm_(rows.mT, rows, beta=keep, alpha=gain)
-        return
-    for first in range(0, size, _PANEL):
-        last = min(size, first + _PANEL)
+    """The same of one matrix, ``[f, f]`` and ``[rows, f]``."""
+    for first, last in _panels(total):
         total[first:last, first:].addmm_(rows[:, first:last].mT, rows[:, first:], beta=keep, alpha=gain)
         total[last:, first:last].copy_(total[first:last, last:].mT)
+
+
+def _panels(total: Tensor) -> Iterator[tuple[int, int]]:
+    """Runs of rows: on a CPU, what lies below the diagonal of large matrices is copied, not computed."""
+    size = total.shape[-1]
+    step = _PANEL if size >= 2 * _PANEL and total.device.type == "cpu" else max(1, size)
+    for first in range(0, size, step):
+        yield first, min(size, first + step)

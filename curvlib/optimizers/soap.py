@@ -38,7 +38,7 @@ class SOAP(CurvatureOptimizer):
         eps: ε.
         weight_decay: decoupled.
         refresh_every: T, in steps.
-        basis: ``"qr"``: one orthogonal iteration from the last basis, and ``"eigh"`` where that is not enough.
+        basis: ``"qr"`` (the authors'): one orthogonal iteration from the last basis, the first by ``"eigh"``; or always that.
         block_size: axes are cut in balanced pieces of at most this many entries; ``None`` leaves them whole.
         kernels: a convolution's kernel axes: ``"separate"`` factors (the authors'), ``"merged"`` into one, or joined to the
             ``"inputs"``.
@@ -96,7 +96,9 @@ def soap(
     def recipe(partition: str) -> Recipe:
         moment = Moment(beta=betas[1], debias=True, composition="trace")
         schedule = Schedule(refresh=refresh_every)
-        return Recipe(partition, moment, Root(0.5, root.damping, basis), rule, schedule, block=EigenbasisBlock)
+        return Recipe(
+            partition, moment, Root(0.5, root.damping, basis, tolerance=1.0), rule, schedule, block=EigenbasisBlock
+        )
 
     diagonal = Recipe(DIAGONAL, Moment(beta=betas[1], debias=True), root, rule)
     return _routes(diagonal, recipe, block_size, kernels)
