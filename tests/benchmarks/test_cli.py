@@ -260,8 +260,8 @@ def test_several_processes_stop_cleanly_and_end_with_the_same_numbers(tmp_path):
     assert "Stopped; nothing is lost" in output
     left = [file for file in Path("many/checkpoints").iterdir() if not file.suffix]
     assert left or Results(Path("many")).records()
-    assert run("run", "study.toml", "--out", "many")[0] == 0
-    assert run("run", "study.toml", "--out", "one")[0] == 0
+    for folder in ("many", "one"):  # in processes of their own: this one's threads are not theirs
+        subprocess.run([*command[:-3], "1", "--out", folder], env=environment, check=True, capture_output=True)
     found = [{r.spec.key: r.reproducible() for r in Results(Path(name)).records()} for name in ("many", "one")]
     assert found[0] == found[1]
     assert len(found[0]) == 3
