@@ -282,6 +282,7 @@ def warm_start(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimi
 
     def loss(batch: Split) -> Tensor:
         outputs = model(batch.inputs)
+        optimizer.observe(outputs, problem.likelihood)  # for methods that draw labels of their own
         drawn = curvlib.sample_labels(outputs, problem.likelihood, generator)
         if problem.likelihood == "categorical":
             return problem.loss(outputs, Split(batch.inputs, drawn))

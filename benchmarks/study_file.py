@@ -16,6 +16,7 @@ from .space import Range, Space, dimension
 from .study import Budget, Study, StudyError, Tuning, known_keys
 
 _KEYS = {"space": "spaces"}
+_NONE = "none"
 _TABLES = ("budget", "settings", "space", "tuning")
 
 
@@ -57,6 +58,7 @@ def study_of(content: Mapping[str, Any]) -> Study:
         known_keys("tuning", given["tuning"], [one.name for one in fields(Tuning)])
         seeds = {"seeds": tuple(_list("tuning.seeds", given["tuning"]["seeds"]))} if "seeds" in given["tuning"] else {}
         given["tuning"] = Tuning(**{**given["tuning"], **seeds})
+    given["settings"] = _with_none(given.get("settings", {}))
     spaces = {name: _space(name, space) for name, space in given.pop("space", {}).items()}
     return Study(budget=budget, spaces=spaces, **given)
 
@@ -72,6 +74,13 @@ def _budgets(table: Mapping[str, Any], problems: Sequence[str]) -> tuple[Budget 
             known_keys(f"budget.{name}", value, BUDGETS)
             others[name] = Budget(**value)
     return (Budget(**own) if own else None), others
+
+
+def _with_none(value: Any) -> Any:
+    """TOML has no None; the text ``"none"`` stands for it."""
+    if isinstance(value, Mapping):
+        return {key: _with_none(one) for key, one in value.items()}
+    return None if value == _NONE else value
 
 
 def _space(name: str, table: Any) -> Space:
@@ -118,8 +127,9 @@ def written(study: Study) -> str:
 
 
 def _table(name: str, content: Any) -> list[str]:
-    items = content if isinstance(content, Mapping) else vars(content)
-    return ["", f"[{name}]", *(f"{_key(key)} = {_toml(value)}" for key, value in items.items() if value is not None)]
+    if not isinstance(content, Mapping):
+        content = {key: value for key, value in vars(content).items() if value is not None}
+    return ["", f"[{name}]", *(f"{_key(key)} = {_toml(value)}" for key, value in content.items())]
 
 
 def _key(name: str) -> str:
@@ -127,6 +137,7 @@ def _key(name: str) -> str:
 
 
 def _toml(value: Any) -> str:
+    value = _NONE if value is None else value
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'"{escaped}"'

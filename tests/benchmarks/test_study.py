@@ -34,6 +34,7 @@ seeds = [100, 101]
 
 [settings.Ours]
 betas = [0.9, 0.99]
+clip = "none"
 
 [settings.Ours.digits-cnn]
 eps = 1e-4
@@ -71,7 +72,7 @@ def test_a_file_says_all_that_python_says(read):
         seeds=(0, 1),
         budget=Budget(epochs=3),
         budgets={"digits-cnn": Budget(seconds=1.5)},
-        settings={"Ours": {"betas": [0.9, 0.99], "digits-cnn": {"eps": 1e-4}}},
+        settings={"Ours": {"betas": [0.9, 0.99], "clip": None, "digits-cnn": {"eps": 1e-4}}},
         spaces={"Ours": {"lr": Range(1e-3, 1.0), "weight_decay": Choice((0.0, 1e-2))}},
         tuning=Tuning("random", 4, (100, 101)),
         threads=2,
