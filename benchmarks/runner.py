@@ -34,6 +34,7 @@ Progress = Callable[[float, float], None]
 Watch = Callable[[Point], bool]
 SMOOTHING = 0.9
 CHECKPOINT_SECONDS = 10.0
+_FIRST = 10_000  # examples whose mean loss a run starts from
 
 
 @dataclass
@@ -204,10 +205,11 @@ def _train(
     every = max(1, steps_of(problem, data, 1) // problem.points)
     saved = time.monotonic()
     if run.step == 0:
-        run.average, _ = evaluate(bench.model, problem, data.train)
+        run.average, _ = evaluate(bench.model, problem, data.train.first(_FIRST))
         run.points.append(Point(0, 0.0, run.average, *evaluate(bench.model, problem, data.test)))
     arriving = batches(problem, data.train, bench.spec.seed, run.step, steps or 1 << 62)
-    while bench.spent(run.step) < 1:
+    while (spent := bench.spent(run.step)) < 1:
+        _pace(bench, spent)
         loss = _step(bench, arriving)
         run.step += 1
         run.average = SMOOTHING * run.average + (1 - SMOOTHING) * loss if run.step > 1 else loss
@@ -264,6 +266,14 @@ def _step(bench: Bench, arriving: Iterator[Split]) -> float:
             return float(loss)
         except (curvlib.NonFiniteGradient, torch.linalg.LinAlgError):
             return math.nan
+
+
+def _pace(bench: Bench, spent: float) -> None:
+    """Step sizes after a share of the budget."""
+    if bench.problem.decay is not None:
+        for group in bench.optimizer.param_groups:
+            if "lr" in group:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * bench.problem.decay(spent)
 
 
 def _wants_closure(kind: type[torch.optim.Optimizer]) -> bool:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import data
 from benchmarks.data import DataError, digits, mnist, read_idx
+from benchmarks.data.sources import File, checksum, find
 
 
 def idx(array, magic=b"\x00\x00\x08"):
@@ -78,17 +78,17 @@ def test_contents_of_another_data_set_are_refused(tmp_path, images, packed):
 
 
 def test_missing_files_name_the_places_that_were_searched(tmp_path):
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is not in .*leave out --data"):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is in none of .*leave out --data"):
         mnist(tmp_path)
 
 
-@pytest.mark.parametrize("where", [".", "raw", "MNIST/raw"])
-def test_files_are_found_where_people_keep_them(tmp_path, where, monkeypatch):
+@pytest.mark.parametrize("where", [".", "raw", "MNIST", "MNIST/raw"])
+def test_files_are_found_where_people_keep_them(tmp_path, where, images):
     folder = tmp_path / where
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "train-labels-idx1-ubyte"
-    file.write_bytes(b"")
-    assert data._find(tmp_path, "train-labels-idx1-ubyte.gz") == file
+    (folder / "train-images-idx3-ubyte").write_bytes(idx(images))
+    with pytest.raises(DataError, match=rf"{where}/?train-images-idx3-ubyte holds \[2, 3, 4\]"):
+        mnist(tmp_path)
 
 
 def test_without_a_network_the_message_names_the_way_out(monkeypatch, tmp_path):
@@ -103,18 +103,43 @@ def test_without_a_network_the_message_names_the_way_out(monkeypatch, tmp_path):
         mnist(None)
 
 
-def test_downloads_are_verified(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", ["sha256", "md5", "git"])
+def test_downloads_are_verified(monkeypatch, tmp_path, kind):
     import pooch
 
-    asked = {}
-    monkeypatch.setattr(
-        pooch, "retrieve", lambda url, known_hash, **rest: asked.update({url: known_hash}) or str(tmp_path / "x")
-    )
+    content = b"what was published"
+    asked = []
+
+    def retrieve(url, known_hash, fname, path, progressbar):
+        asked.append((url, known_hash))
+        (tmp_path / fname).write_bytes(content if known_hash is None else b"not looked at")
+        return str(tmp_path / fname)
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
     monkeypatch.setenv("CURVLIB_CACHE", str(tmp_path))
-    data._download("t10k-labels-idx1-ubyte.gz")
-    ((url, known),) = asked.items()
-    assert url.endswith("/mnist/t10k-labels-idx1-ubyte.gz")
-    assert known == "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+    known = checksum(content, kind)
+    file = File("a.bin", "https://example.org/set/", known)
+    assert file.download("set") == tmp_path / "a.bin"
+    assert asked == [("https://example.org/set/a.bin", None if kind == "git" else known)]
+    if kind == "git":  # which pooch does not know
+        with pytest.raises(DataError, match=r"could not download other.bin .*not the official file"):
+            File("other.bin", "https://example.org/", "git:00").download("set")
+        assert not (tmp_path / "other.bin").exists()
+
+
+def test_a_blob_has_the_name_that_git_gives_it():
+    assert checksum(b"what is up, doc?", "git") == "git:bd9dbf5aae1a3862dd1526723246b20206e5fc37"  # of the book Pro Git
+
+
+def test_a_file_of_a_folder_is_verified_too(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"damaged")
+    file = File("a.bin", "https://example.org/", checksum(b"whole", "sha256"))
+    with pytest.raises(DataError, match=r"a.bin is damaged or of another data set: its checksum is sha256:"):
+        file.read(tmp_path, (".",))
+    (tmp_path / "a.bin").write_bytes(b"whole")
+    assert file.read(tmp_path, ("elsewhere", ".")) == b"whole"
+    with pytest.raises(DataError, match=r"b is in none of .*/x, .*/y; leave out --data"):
+        find(tmp_path, ("b",), ("x", "y"))
 
 
 def test_digits_are_split_and_scaled():
