@@ -106,27 +106,31 @@ def _normal(model: nn.Sequential) -> nn.Sequential:
 
 
 class GCN(nn.Module):
-    """Two graph convolutions, H' = Â H Wᵀ + c (Kipf & Welling 2017): 16 hidden units, ReLU, dropout 0.5.
+    """Two graph convolutions, H' = Â (H Wᵀ) + c (Kipf & Welling 2017): 16 hidden units, ReLU, dropout 0.5.
 
     Args:
         data: its ``extra`` has ``features [nodes, words]`` and the sparse ``adjacency`` Â.
         classes: of nodes.
+        hidden: units.
     """
 
     features: Tensor
     adjacency: Tensor
 
-    def __init__(self, data: Data, classes: int) -> None:
+    def __init__(self, data: Data, classes: int, hidden: int = 16) -> None:
         super().__init__()
         self.register_buffer("features", data.extra["features"], persistent=False)
         self.register_buffer("adjacency", data.extra["adjacency"], persistent=False)
-        self.first = nn.Linear(self.features.shape[1], 16)
-        self.second = nn.Linear(16, classes)
+        self.first = nn.Linear(self.features.shape[1], hidden, bias=False)
+        self.first_bias = nn.Parameter(torch.zeros(hidden))
+        self.second = nn.Linear(hidden, classes)
         self.dropout = nn.Dropout(0.5)
+        nn.init.xavier_uniform_(self.first.weight)
+        nn.init.xavier_uniform_(self.second.weight)
 
     def forward(self, nodes: Tensor) -> Tensor:
         """Logits ``[n, classes]`` of some nodes ``[n]``."""
-        hidden = F.relu(self.first(self.adjacency @ self.dropout(self.features)))
+        hidden = F.relu(self.adjacency @ self.first(self.dropout(self.features)) + self.first_bias)
         return self.second((self.adjacency @ self.dropout(hidden))[nodes])
 
 

@@ -79,7 +79,7 @@ trials = 3
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("run", "cifar"), "unknown problem 'cifar'; there are"),
+        (("run", "cifar"), "unknown problem 'cifar'; did you mean"),
         (("run", "tiny", "--methods", "adam", "tiger"), "unknown method 'tiger'; there are"),
         (("run", "tiny", "--methods", "torch.optim:Adan"), "torch.optim has no 'Adan'; did you mean 'Adam'?"),
         (("run", "tiny", "--seeds", "0"), "--seeds must be a whole number from 1, got 0"),

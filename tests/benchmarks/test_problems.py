@@ -113,7 +113,7 @@ def test_a_graph_network_is_its_equations():
     given = example("cora-gcn")
     model = GCN(given, 3).eval()
     dense, features = given.extra["adjacency"].to_dense(), given.extra["features"]
-    hidden = (dense @ features @ model.first.weight.T + model.first.bias).relu()
+    hidden = (dense @ features @ model.first.weight.T + model.first_bias).relu()
     expected = dense @ hidden @ model.second.weight.T + model.second.bias
     assert torch.allclose(model(torch.tensor([5, 2])), expected[[5, 2]], atol=1e-6)
 

@@ -96,7 +96,7 @@ def test_nothing_is_cut_off_or_hidden(count):
 def test_curves_have_the_colours_of_methods_and_a_legend_in_the_order_of_success():
     (section,) = sections(study(3))
     figure = figures.curves(section)
-    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["training loss", "held-out loss", "metric"]
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["training loss", "held-out loss", "accuracy"]
     drawn = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
     first = list(METHODS.values())[:3]
     assert all(drawn[method.title] == (method.colour, method.dash) for method in first)
