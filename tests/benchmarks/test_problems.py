@@ -249,23 +249,3 @@ def test_a_problem_of_one_s_own_in_a_few_lines(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"there is a problem 'line' already, 'A line'"):
         register(line)
     PROBLEMS.pop("line")
-
-
-def test_a_method_of_one_s_own_in_a_few_lines(tiny, tmp_path):
-    record = execute(
-        Spec("tiny", f"Mine={__name__}:Signs", {"lr": 0.01}, 0, epochs=5), tiny.load(None), Results(tmp_path)
-    )
-    assert record.points[-1].train < record.points[0].train
-
-
-class Signs(torch.optim.Optimizer):
-    """What a user writes."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
