@@ -6,9 +6,9 @@ A solve never harms: a matrix whose root fails after every retry keeps its previ
 * ``"eigh"`` for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that rounding
   made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / (‖F‖ ‖v‖). Also Q and Λ themselves, for structures that
   damp the eigenvalues of a product.
-* ``"qr"`` for eigenvectors only: one orthogonal iteration from the last ones, Q <- qr(F Q), and ``"eigh"`` at the start and
-  for those whose residual is above the tolerance. Its residual is what is left off the diagonal, ‖QᵀFQ - Λ‖ / ‖F‖, to the
-  square root of the precision; a tolerance of 1 is never exceeded.
+* ``"qr"`` for eigenvectors only: one orthogonal iteration from the last ones, Q <- qr(F Q), with the columns of Q in the
+  descending order of diag(QᵀFQ); ``"eigh"`` at the start and for those whose residual is above the tolerance. Its residual
+  is what is left off the diagonal, ‖QᵀFQ - Λ‖ / ‖F‖, to the square root of the precision; a tolerance of 1 is never exceeded.
 * Others by :func:`register_solver`, as these are.
 
 The retry ladder: what is decomposed is symmetrised (Cholesky reads one triangle only); what fails is solved once more in
@@ -378,7 +378,9 @@ def _eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _qr(matrix: Tensor, damping: Tensor, how: How, previous: Tensor) -> Solution:
     matrix = _symmetric(matrix)
-    basis = torch.linalg.qr(matrix @ previous)[0]
+    moved = matrix @ previous
+    order = (previous * moved).sum(-2).argsort(-1, descending=True)  # the iteration converges column by column
+    basis = torch.linalg.qr(moved.gather(-1, order[:, None, :].expand_as(moved)))[0]
     values = ((matrix @ basis) * basis).sum(-2)
     norm = matrix.norm(dim=(-2, -1)).clamp_min(torch.finfo(matrix.dtype).tiny)
     # An orthogonal Q keeps the norm, so that what is left off the diagonal of QᵀFQ is known without it.

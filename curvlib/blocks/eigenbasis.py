@@ -217,13 +217,15 @@ class LikelihoodBlock(EigenBlock):
             moments.accumulate(factor, whitened[place.region][place.number], place.number, keep, gain / entries)
 
     def _start(self, state: State, index: int, block: Tensor) -> None:
-        """Give factors that have seen nothing one share each of the gradient's mean square."""
+        """Give factors that have seen nothing but zeros one share each of the gradient's mean square."""
         places = self._places[index]
         mean = block.square().flatten(1).mean(1, keepdim=True)
         share = torch.where(mean > 0, mean, 1.0) ** (-0.5 / len(places))
         for place in places:
-            whiten = state[f"whiten_{place.name}"].flatten(0, 1)
-            whiten.copy_(torch.where(whiten > 0, whiten, share))
+            factor, whiten = (state[f"{what}_{place.name}"].flatten(0, 1) for what in ("factor", "whiten"))
+            trace = factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
+            started = (trace.sum(1, keepdim=True) > 0) & (whiten > 0)
+            whiten.copy_(torch.where(started, whiten, share))
 
     def _whitened(self, state: State, index: int, block: Tensor) -> Iterator[Tensor]:
         """For each factor the block, whitened by all others."""

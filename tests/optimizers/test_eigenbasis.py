@@ -47,6 +47,17 @@ def eigenvectors(factor, given):
     return given
 
 
+def iterated(factor, last, given):
+    """The given basis, if it is the authors' orthogonal iteration from the last one, columns in descending order."""
+    order = (last.T @ factor @ last).diagonal().argsort(descending=True)
+    wanted, r = torch.linalg.qr(factor @ last[:, order])
+    sure = (r.diagonal().abs() > 1e-6 * r.abs().max()).long().cumprod(0).bool()  # from the null space on it is rounding
+    eye, eps = torch.eye(len(factor), dtype=F64), 1e8 * torch.finfo(F64).eps
+    assert ((wanted.T @ given).abs() - eye)[sure][:, sure].norm() <= eps
+    assert (given.T @ given - eye).norm() <= eps
+    return given
+
+
 class Adam:
     def __init__(self, lr, betas, eps):
         self.lr, self.betas, self.eps, self.m, self.v = lr, betas, eps, 0.0, 0.0
@@ -61,11 +72,13 @@ class Adam:
 class Soap(Adam):
     """SOAP for one tensor. Given bases are taken if they are right, since a degenerate eigenspace has many."""
 
-    def __init__(self, lr, betas, eps, period):
+    def __init__(self, lr, betas, eps, period, basis="eigh"):
         super().__init__(lr, betas, eps)
-        self.period, self.factors, self.q = period, None, None
+        self.period, self.factors, self.q, self.basis = period, None, None, basis
 
-    def bases(self, given):
+    def bases(self, given, t):
+        if self.basis == "qr" and t:
+            return [iterated(*three) for three in zip(self.factors, self.q, given, strict=True)]
         return [eigenvectors(factor, q) for factor, q in zip(self.factors, given, strict=True)]
 
     def __call__(self, w, g, t, given):
@@ -76,7 +89,7 @@ class Soap(Adam):
         for axis, factor in enumerate(self.factors):
             factor.mul_(b2).add_((1 - b2) * unfolded(g, axis) @ unfolded(g, axis).T)
         if t % self.period == 0:
-            new = self.bases(given)
+            new = self.bases(given, t)
             self.v = rotated(self.v, [((n.T @ old) ** 2).T for n, old in zip(new, self.q, strict=True)])
             self.q = new
         self.m = b1 * self.m + (1 - b1) * g
@@ -88,8 +101,8 @@ class Soap(Adam):
 class KL(Soap):
     """KL-Shampoo for one tensor, whitened by dense inverses."""
 
-    def __init__(self, lr, betas, damping, period):
-        super().__init__(lr, betas, damping, period)
+    def __init__(self, lr, betas, damping, period, basis="eigh"):
+        super().__init__(lr, betas, damping, period, basis)
         self.white = None
 
     def __call__(self, w, g, t, given):
@@ -104,7 +117,7 @@ class KL(Soap):
             factor.mul_(b2).add_((1 - b2) * white @ white.T / (g.numel() / len(factor)))
         self.m = b1 * self.m + (1 - b1) * g
         if t % self.period == 0:
-            self.q = self.bases(given)
+            self.q = self.bases(given, t)
         for axis, factor in enumerate(self.factors):
             scaled = factor / (1 - b2 ** (t + 1))
             q = self.q[axis]
@@ -114,10 +127,10 @@ class KL(Soap):
 
 
 @pytest.mark.parametrize("period", [1, 7])
-@pytest.mark.parametrize("kind", ["soap", "kl"])
-def test_against_plain_lines(kind, period):
+@pytest.mark.parametrize(("kind", "basis"), [("soap", "eigh"), ("soap", "qr"), ("kl", "eigh")])
+def test_against_plain_lines(kind, basis, period):
     model, lr, betas, eps = network(), 0.01, (0.9, 0.8), 1e-4
-    options = {"eps": eps, "refresh_every": period, "weight_decay": 0.0, "basis": "eigh"}
+    options = {"eps": eps, "refresh_every": period, "weight_decay": 0.0, "basis": basis}
     if kind == "soap":
         optimizer = curvlib.SOAP(model, lr, betas, **options)
     else:
@@ -128,7 +141,7 @@ def test_against_plain_lines(kind, period):
         if weight.ndim < 2:
             oracles.append(Adam(lr, betas, eps))
         else:
-            oracles.append(Soap(lr, betas, eps, period) if kind == "soap" else KL(lr, betas, 0.1, period))
+            oracles.append(Soap(lr, betas, eps, period, basis) if kind == "soap" else KL(lr, betas, 0.1, period))
     for t in range(50):
         gradients = step_of(optimizer, model, t)
         bases = [
@@ -314,6 +327,53 @@ def test_qr_follows_eigh():
         assert optimizer.health().kept == {} or not any(optimizer.health().kept.values())
     assert found["eigh"] < 1e-12
     assert found["qr"] < 0.1  # the tolerance of a root, beyond which eigh is asked
+
+
+@pytest.mark.parametrize("period", [1, 10])
+def test_a_refresh_by_qr_is_never_worse_than_none(period):
+    """What is left off the diagonal falls at a refresh, in float32 and with the first bases those of few gradients."""
+
+    def left(q, factor):
+        inside = (q.T @ factor @ q).double()
+        return float((inside - inside.diagonal().diag()).norm() / factor.norm())
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10))
+        optimizer, weight = curvlib.SOAP(model, 3e-3, refresh_every=period), model[0].weight
+        teacher, scale = torch.randn(32, 10), torch.logspace(0, -1.5, 32)
+        for t in range(31):
+            x = torch.randn(64, 32, generator=torch.Generator().manual_seed(100 * seed + t)) * scale
+            old = [optimizer.state[weight][f"basis_0_{a}"][0].clone() for a in (0, 1)] if t else None
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), (x @ teacher).argmax(1)).backward()
+            optimizer.step()
+            if old is not None and t % period == 0:
+                state = optimizer.state[weight]
+                for axis in (0, 1):
+                    factor, new = state[f"factor_0_{axis}"][0], state[f"basis_0_{axis}"][0]
+                    assert left(new, factor) <= 1.02 * left(old[axis], factor)
+
+
+@pytest.mark.parametrize("kind", [curvlib.SOAP, curvlib.KLShampoo])
+@pytest.mark.parametrize("period", [1, 10])
+def test_a_network_whose_head_starts_at_zero_is_trained(kind, period):
+    """The first gradients of all other layers are zero; the first that are not set the scale."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+    nn.init.zeros_(model[2].weight)
+    optimizer = kind(model, 1e-2, refresh_every=period)
+    teacher = torch.randn(6, 3)
+    for t in range(60):
+        x = torch.randn(64, 6, generator=torch.Generator().manual_seed(t))
+        before = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), (x @ teacher).argmax(1))
+        loss.backward()
+        optimizer.step()
+        moved = (model[0].weight.detach() - before).square().mean().sqrt()
+        assert moved <= 3e-2, f"step {t} is {moved / 1e-2:.0f} times lr"
+    assert loss < 0.8
 
 
 def test_factors_of_kl_shampoo_are_the_maximum_likelihood_ones():
