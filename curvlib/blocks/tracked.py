@@ -37,8 +37,8 @@ class _Tracked(StandardBlock):
             )
 
     def spec(self) -> dict[str, Spec]:
-        """Without what belongs to solves."""
-        return {name: one for name, one in super().spec().items() if not name.startswith(("residual_", "kept_"))}
+        """Without the residuals of solves; updates that were not finite are counted as roots that were kept."""
+        return {name: one for name, one in super().spec().items() if not name.startswith("residual_")}
 
     def _root_spec(self, name: str, rows: int, factor: FactorShape) -> dict[str, Spec]:
         return {f"tracked_{name}": Spec((rows, *factor.shape), "tracked", fill=1.0, identity=not factor.diagonal)}
@@ -88,10 +88,17 @@ def _spread(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.ndim - 1))
 
 
-def _kept_(old: Tensor, new: Tensor) -> None:
-    """Put in what is finite, block by block; what is not leaves the last good one."""
-    sound = new.flatten(1).isfinite().all(1)
+def _finite(matrices: Tensor) -> Tensor:
+    """Which are finite, ``[B]``."""
+    return matrices.flatten(1).isfinite().all(1)
+
+
+def _put_(state: State, place: Place, new: Tensor, sound: Tensor, wanted: Tensor) -> None:
+    """Put in what is sound, block by block; what is wanted and not sound leaves the last good one, and is counted."""
+    old = state[f"tracked_{place.name}"].flatten(0, 1)
     old.copy_(torch.where(_spread(sound, old), new, old))
+    if (kept := state.get(f"kept_{place.name}")) is not None:
+        kept.flatten().add_(wanted & ~sound)
 
 
 class InverseFreeBlock(_Tracked):
@@ -150,11 +157,11 @@ class InverseFreeBlock(_Tracked):
             beta = new.new_full((new.shape[0],), rate)
             if tracking.normalize:
                 beta = rate / new.abs().flatten(1).amax(1).clamp_min(1.0)
-            beta = torch.where(torch.as_tensor(gain, device=beta.device) > 0, beta, 0.0)
+            wanted = (torch.as_tensor(gain, device=beta.device) > 0).expand_as(beta)
             turned = x - _spread(beta, x) * (x * new if x.ndim == 2 else x @ new)
-            sound = turned.flatten(1).isfinite().all(1) & (beta > 0)
+            sound = _finite(turned) & wanted
             m.copy_(torch.where(_spread(sound, m), new, m))
-            _kept_(x, turned)
+            _put_(state, place, turned, sound, wanted)
 
     def _inner(self, state: State, place: Place, scale: float) -> tuple[Tensor, Tensor]:
         """(Kᵀ F K, KᵀK)."""
@@ -183,15 +190,16 @@ class WhiteningBlock(_Tracked):
 
     With the whitened gradient P g, P = ⊗ Q_i², unfolded along axis i, of d entries of which d_i along the axis::
 
-        T = (P g)_(i) (P g)_(i)ᵀ,   t = d / d_i,   L <- max(β L + (1 - β) ℓ, ℓ),   ℓ = ‖T‖₂ + t
+        T = (P g)_(i) (P g)_(i)ᵀ + δ² Q⁴ Π_{j≠i} tr(Q_j⁴),   t = d / d_i,   L <- max(β L + (1 - β) ℓ, ℓ),   ℓ = ‖T‖₂ + t
         Q <- Q - η/(2L) (T Q - t Q),   Q <- Q - η/(2L) (Q T - t Q),   Q <- (Q + Qᵀ) / 2
 
     the authors' geometry "QUAD", which keeps Q symmetric and solves for nothing; their other geometries have the same fixed
     point, E[(P g)_(i) (P g)_(i)ᵀ] = t I. ‖T‖₂ is estimated by two power iterations from T's largest row. The first gradient
     sets the scale, Q = mean(g⁴)^(-1/(8k)) I for k factors (the authors have one scale for all parameters); Q's are balanced
-    to one largest entry. The authors add noise of 1e-9 to g; there is none here.
+    to one largest entry. The authors add white noise of deviation δ, the damping, to g; here T has what this adds to it on
+    average, so that P stays below about 1/δ where there are no gradients. A gradient that is all zero changes nothing.
 
-    State: ``tracked_…`` (Q) and ``bound_…`` (L).
+    State: ``tracked_…`` (Q), ``bound_…`` (L), and ``kept_…``, how often a Q that is not finite was not taken.
     """
 
     exponent = 0.5
@@ -215,46 +223,54 @@ class WhiteningBlock(_Tracked):
         """Nothing is averaged; :meth:`correct` does it all."""
 
     def correct(self, state: State, operand: Tensor, recipe: Recipe, keep: Weight, gain: Weight, scale: float) -> None:
-        """One step of every Q."""
+        """One step of every Q; a gradient of zeros says nothing."""
         tracking = _tracking(recipe)
-        rate, beta = number(tracking.rate), number(tracking.momentum)
-        open_ = torch.as_tensor(gain, device=operand.device) > 0
+        rate, beta, damping = number(tracking.rate), number(tracking.momentum), number(recipe.damping.value)
         for index, block in enumerate(self.layout.block(operand)):
             region, places = self.layout.regions[index], self._places[index]
+            live = block.flatten(1).any(1) & (torch.as_tensor(gain, device=block.device) > 0)
             stored = [state[f"tracked_{place.name}"].flatten(0, 1) for place in places]
             bounds = [state[f"bound_{place.name}"].flatten() for place in places]
-            qs, raised = self._started(block, stored, bounds, open_), []
-            whitened = block
-            for place, q in zip(places, qs, strict=True):
-                pair = [(place, q.square())] if q.ndim == 2 else [(place, q), (place, q)]
-                whitened = self._multiplied(index, whitened, pair)
+            qs = self._started(block, stored, bounds, live)
+            squares = [q.square() if q.ndim == 2 else q @ q for q in qs]
+            whitened = self._multiplied(index, block, zip(places, squares, strict=True))
             entries = whitened[0, 0].numel()
-            for which, (place, q, bound) in enumerate(zip(places, qs, bounds, strict=True)):
+            noise = [damping**2 * one for one in self._noises(squares)]
+            turned = []
+            for place, q, square, bound, share in zip(places, qs, squares, bounds, noise, strict=True):
                 t = entries / region.factors[place.number].size
-                gram = torch.zeros_like(q)
-                moments.accumulate(gram, whitened, place.number, 0.0, 1.0)
+                gram = share * square.square() if q.ndim == 2 else share * (square @ square)
+                moments.accumulate(gram, whitened, place.number, 1.0, 1.0)
                 size = _largest(gram) + t
                 higher = torch.maximum(beta * bound + (1 - beta) * size, size)
-                half = _spread(torch.where(open_, rate / 2 / higher, 0.0), q)
+                half = _spread(rate / 2 / higher, q)
                 if q.ndim == 2:
                     new = q * (1 - half * (gram - t)).square()
                 else:
                     new = q - half * (gram @ q - t * q)
                     new = new - half * (new @ gram - new * t)
                     new = (new + new.mT) / 2
-                sound = new.flatten(1).isfinite().all(1) & open_
-                raised.append(torch.where(sound, higher, bound))
-                qs[which] = torch.where(_spread(sound, q), new, q)
-            for old, new in zip(stored, self._balanced(qs), strict=True):
-                _kept_(old, new)
-            for bound, higher in zip(bounds, raised, strict=True):
-                bound.copy_(higher)
+                sound = _finite(new) & live
+                bound.copy_(torch.where(sound, higher, bound))
+                turned.append((torch.where(_spread(sound, q), new, q), sound))
+            for place, new, (_, sound) in zip(places, self._balanced([q for q, _ in turned]), turned, strict=True):
+                _put_(state, place, new, sound & _finite(new), live)
 
     @staticmethod
-    def _started(block: Tensor, qs: list[Tensor], bounds: list[Tensor], open_: Tensor) -> list[Tensor]:
+    def _noises(squares: list[Tensor]) -> list[Tensor]:
+        """For each factor Π_{j≠i} tr(Q_j⁴), the other axes' share of what unit noise adds to T."""
+        traces = [one.square().flatten(1).sum(1) for one in squares]
+        others = [traces[:place] + traces[place + 1 :] for place in range(len(squares))]
+        return [
+            _spread(torch.stack([torch.ones_like(trace), *rest]).prod(0), one)
+            for trace, rest, one in zip(traces, others, squares, strict=True)
+        ]
+
+    @staticmethod
+    def _started(block: Tensor, qs: list[Tensor], bounds: list[Tensor], live: Tensor) -> list[Tensor]:
         """With a scale for blocks that see their first gradient."""
         mean = block.flatten(1).pow(4).mean(1)
-        scale = torch.where((bounds[0] == 0) & open_ & (mean > 0), mean, 1.0) ** (-1 / (8 * len(qs)))
+        scale = torch.where((bounds[0] == 0) & live & (mean > 0), mean, 1.0) ** (-1 / (8 * len(qs)))
         return [q * _spread(scale, q) for q in qs]
 
     @staticmethod

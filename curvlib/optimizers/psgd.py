@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -9,12 +10,12 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from ..blocks import WhiteningBlock
-from ..checks import Flags, check_count
+from ..checks import Flags, check_count, check_number
 from ..finishes import ClipEntries, ClipRms
 from ..layers import Slot
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule, Schedule, Tracking
-from ..routing import Route, Table
+from ..routing import Route, Table, is_vector
 
 _AXES = ("o", "i", "v", "d", "c")
 
@@ -31,16 +32,20 @@ class PSGDKron(CurvatureOptimizer):
         w   <- (1 - lr·weight_decay) w - lr d
 
     This is the authors' geometry "QUAD" on gradients; their default geometry has the same fixed point. Updates come on a
-    schedule, not at random, and nothing is drawn. An axis above ``max_size`` entries has a diagonal factor.
+    schedule, not at random, and nothing is drawn: instead of the noise δ that they add to g, T has what it adds on average.
+    Vectors, and axes that are long (see ``max_size`` and ``max_skew``), have diagonal factors.
 
     Args:
         params: parameters, groups, named parameters, or a model.
         lr: step size.
-        rate: η.
-        momentum: μ, a debiased EMA.
+        rate: η, the authors' 0.1.
+        damping: δ, the authors' 1e-9; where there are no gradients P stays below about 1/δ.
+        momentum: μ, a debiased EMA; the authors' code has 0 by default and 0.9 in its examples.
         weight_decay: decoupled.
-        bound_beta: β of the bound by which η is divided.
-        max_size: largest axis with a dense factor.
+        bound_beta: β of the bound by which η is divided, the authors' 0.9.
+        max_size: largest axis with a dense factor; the authors have no limit.
+        max_skew: an axis of n entries is also long if n² is above this times the entries of the tensor, from 1; ``None`` for no
+            such limit. The authors have 1, which leaves the longer axis of every matrix a diagonal.
         statistics_every: T, in steps.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
@@ -53,10 +58,12 @@ class PSGDKron(CurvatureOptimizer):
         lr: float | Tensor | Callable[[int], float] = 1e-3,
         *,
         rate: float | Callable[[int], float] = 0.1,
+        damping: float | Callable[[int], float] = 1e-9,
         momentum: float | Callable[[int], float] = 0.9,
         weight_decay: float = 0.0,
         bound_beta: float = 0.9,
         max_size: int = 8192,
+        max_skew: float | None = None,
         statistics_every: int = 1,
         maximize: bool = False,
         model: nn.Module | None = None,
@@ -70,39 +77,55 @@ class PSGDKron(CurvatureOptimizer):
             maximize=maximize,
             model=model,
             rate=rate,
+            damping=damping,
             momentum=momentum,
             bound_beta=bound_beta,
             max_size=max_size,
+            max_skew=max_skew,
             statistics_every=statistics_every,
             **flags,
         )
 
 
-def psgd_kron(rate: float, momentum: float, bound_beta: float, max_size: int, statistics_every: int) -> Table:
-    """A dense factor for every axis, a diagonal one for one that is long; a diagonal where several are."""
+def psgd_kron(
+    rate: float,
+    damping: float,
+    momentum: float,
+    bound_beta: float,
+    max_size: int,
+    max_skew: float | None,
+    statistics_every: int,
+) -> Table:
+    """Vectors: a diagonal; everything else: a dense factor for every axis, a diagonal one for one that is long."""
     check_count("max_size", max_size)
+    if max_skew is not None:
+        check_number("max_skew", max_skew, low=1.0)
 
     def recipe(partition: str) -> Recipe:
         return Recipe(
             partition,
             Moment(),
-            Root(0.5, Damping(0.0), tracking=Tracking(rate, bound_beta)),
+            Root(0.5, Damping(damping), tracking=Tracking(rate, bound_beta)),
             Rule(Momentum(momentum, "ema", debias=True), finish=(ClipRms(2.0), ClipEntries(10.0))),
             Schedule(statistics_every),
             block=WhiteningBlock,
         )
 
-    whole = Route(recipe("| ,..."), where=_Long(max_size))
-    halves = [Route(recipe(f"| [{axis}], ,..."), where=_Long(max_size, axis)) for axis in _AXES]
-    return (whole, *halves, Route(recipe("| [...]")))
+    diagonal = recipe("| [...]")
+    whole = Route(recipe("| ,..."), where=_Long(max_size, max_skew))
+    halves = [Route(recipe(f"| [{axis}], ,..."), where=_Long(max_size, max_skew, axis)) for axis in _AXES]
+    return (Route(diagonal, where=is_vector), whole, *halves, Route(diagonal))
 
 
 @dataclass(frozen=True)
 class _Long:
-    """Whether just one axis of a parameter, or none, has more entries than a limit."""
+    """Whether just one axis of a parameter, or none, is long."""
 
-    limit: int
+    size: int
+    skew: float | None
     axis: str = ""
 
     def __call__(self, slot: Slot) -> bool:
-        return [axis for axis, size in slot.sizes.items() if size > self.limit] == [*([self.axis] if self.axis else [])]
+        limit = math.inf if self.skew is None else self.skew * math.prod(slot.sizes.values())
+        long = [axis for axis, size in slot.sizes.items() if size > self.size or size**2 > limit]
+        return long == ([self.axis] if self.axis else [])

@@ -145,8 +145,9 @@ def whiten(q, g):
 
 @pytest.mark.parametrize("period", [1, 3])
 def test_psgd(period):
-    model, lr, rate, beta, mu = network(), 0.01, 0.1, 0.9, 0.8
-    optimizer = curvlib.PSGDKron(model, lr, rate=rate, bound_beta=beta, momentum=mu, statistics_every=period)
+    model, lr, rate, beta, mu, delta = network(), 0.01, 0.1, 0.9, 0.8, 1e-3
+    options = {"rate": rate, "damping": delta, "bound_beta": beta, "momentum": mu}
+    optimizer = curvlib.PSGDKron(model, lr, statistics_every=period, **options)
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     qs, bounds, ms = [None] * len(weights), [None] * len(weights), [torch.zeros_like(w) for w in weights]
     for t in range(50):
@@ -162,8 +163,13 @@ def test_psgd(period):
                 qs[place], bounds[place] = [scale * torch.eye(n, dtype=F64) for n in g.shape], [0.0] * k
             if t % period == 0:
                 white = whiten(qs[place], g)
+                fourth = [q @ q @ q @ q for q in qs[place]]
                 for axis, q in enumerate(qs[place]):
                     gram, rest = unfolded(white, axis) @ unfolded(white, axis).T, g.numel() / g.shape[axis]
+                    others = [one.trace() for other, one in enumerate(fourth) if other != axis]
+                    gram = gram + delta**2 * math.prod(others) * fourth[axis]
+                    if g.ndim == 1:  # a vector's factor is a diagonal, whose norm is known
+                        gram = gram.diagonal().diag()
                     size = largest(gram) + rest
                     bounds[place][axis] = max(beta * bounds[place][axis] + (1 - beta) * size, size)
                     half = rate / 2 / bounds[place][axis]
@@ -215,7 +221,7 @@ def test_psgd_does_not_see_the_scale_of_the_loss():
     found = []
     for scale in (1.0, 1e-6, 1e4):
         model = network()
-        optimizer = curvlib.PSGDKron(model, 0.01)
+        optimizer = curvlib.PSGDKron(model, 0.01, damping=0.0)
         for t in range(10):
             x, y = batch(t)
             optimizer.zero_grad()
@@ -235,10 +241,47 @@ def test_long_axes_have_diagonal_factors():
             "both": nn.Linear(20, 20),
         }
     )
+    wanted = {"e.weight": "[v]", "wide.weight": "[i]", "tall.weight": "[o]", "tall.bias": "[...]", "both.weight": "[...]"}
     routes = curvlib.PSGDKron(model, max_size=10).routing()
-    wanted = {"e.weight": "[v]", "wide.weight": "[i]", "tall.weight": "[o]", "tall.bias": "[o]", "both.weight": "[...]"}
     for name, text in wanted.items():
         assert text in routes[name].split(" (route")[0], routes[name]
+    routes = curvlib.PSGDKron(model, max_skew=1.0).routing()
+    for name, text in {**wanted, "both.weight": "| ,..."}.items():  # a square has no longer axis
+        assert text in routes[name].split(" (route")[0], routes[name]
+
+
+@pytest.mark.parametrize(("dead", "max_size"), [("all", 8192), ("rows", 8192), ("rows", 4)])
+def test_psgd_of_what_gets_no_gradient_for_long_wakes_up(dead, max_size):
+    """An unused expert, or dead units: P stays bounded, and the gradients that come at last move it by lr."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5)
+    optimizer = curvlib.PSGDKron(model, 1e-3, max_size=max_size)
+    moved = []
+    for t in range(900):
+        for parameter in model.parameters():
+            parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(t))
+            if t < 700:
+                parameter.grad[: 3 if dead == "rows" else None] = 0
+        before = model.weight.detach().clone()
+        optimizer.step()
+        moved.append(float((model.weight.detach() - before).square().mean().sqrt()))
+        if t == 699:
+            tracked = [v for name, v in optimizer.state[model.weight].items() if name.startswith("tracked_")]
+            largest = math.prod(float(q.abs().max()) ** 2 for q in tracked)
+            assert largest < 2 if dead == "all" else 1e7 < largest < 1e10  # about 1/δ
+    assert max(moved) <= 2.1e-3  # the cut, twice lr
+    assert moved[-1] > 1e-4
+    assert optimizer.health().ok
+
+
+def test_updates_that_were_not_taken_are_counted():
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = curvlib.PSGDKron(model)
+    for size in (1e-10, 1e18, 1e18, 1e-10):  # the whitened square of these is beyond float32
+        model.weight.grad = size * torch.ones(2, 3)
+        optimizer.step()
+    assert optimizer.health().kept == {"weight": 4}  # two factors, twice
+    assert not optimizer.health().ok
 
 
 @pytest.mark.parametrize("kind", [curvlib.SINGD, curvlib.PSGDKron])
