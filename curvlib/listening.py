@@ -92,10 +92,11 @@ class Listening(Ranks):
             group = settings[unit.groups[0]]
             factor = group["signal_factor"] / sums.scale
             self._taps.ears[unit.lead].scale = group["signal_factor"] / group["loss_factor"]
-            own = recipes[unit].moment.labels == "data"
-            means[unit] = sums.means(
-                sums.examples / factor**2 if own else 1 / sums.examples, 1 / factor if own else 1 / sums.examples
-            )
+            if recipes[unit].moment.labels == "data":
+                sign = -1.0 if group["maximize"] else 1.0
+                means[unit] = sums.means(sums.examples / factor**2, sign / factor)
+            else:
+                means[unit] = sums.means(1 / sums.examples, 1 / sums.examples)
         return means if self._exchange is None else self._shared(means, heard)
 
     def _only_prepares(self, lineup: Lineup) -> bool:

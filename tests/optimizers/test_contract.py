@@ -27,14 +27,14 @@ def network():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double()
 
 
-def closure_of(optimizer, model, t=0):
+def closure_of(optimizer, model, t=0, sign=1.0):
     generator = torch.Generator().manual_seed(t)
     x, y = torch.randn(8, 4, dtype=torch.float64, generator=generator), torch.randint(0, 3, (8,), generator=generator)
 
     def closure():
         optimizer.zero_grad()
         outputs = model(x)
-        loss = F.cross_entropy(outputs, y)
+        loss = sign * F.cross_entropy(outputs, y)
         optimizer.observe(outputs, "categorical", loss=loss)
         loss.backward(retain_graph=optimizer.needs_graph)
         return loss
@@ -58,6 +58,19 @@ def closure_labels():
     generator = torch.Generator().manual_seed(0)
     torch.randn(8, 4, dtype=torch.float64, generator=generator)
     return torch.randint(0, 3, (8,), generator=generator)
+
+
+@every_kind
+def test_to_maximize_is_to_minimize_the_opposite(kind):
+    found = []
+    for sign in (1.0, -1.0):
+        model = network()
+        optimizer = kind(model, maximize=sign < 0)
+        for t in range(4):
+            optimizer.step(closure_of(optimizer, model, t, sign))
+        found.append([parameter.detach() for parameter in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 @every_kind
