@@ -12,7 +12,7 @@ Lyapunov equation R X + X R = G, by the coupled Newton-Schulz iteration for the 
     B <- B (3I - B²)/2,    C <- (3C - B²C + BCB - CB²)/2        B₀ = R/‖R‖, C₀ = G/‖R‖;  X = C/2
 
 and for the inverse root S = A^-½ with S X + X S = -S² G S². The authors' code takes ‖S‖ over the whole batch; here it is of
-each matrix. Nothing waits for the device, and every product is batched. The methods are implicitly damped: a zero eigenvalue
+each matrix. Nothing waits for the device, every product is batched, outside autocast, and in float32 or wider. The methods are implicitly damped: a zero eigenvalue
 maps to about ‖A‖^½/(2m + 1), so that an inverse root saturates at (2m + 1)/‖A‖^½. Damp ill-conditioned matrices first.
 
 Both are solvers of the engine, too: ``Root(0.5, solver="pade")`` or ``"taylor"``, with residuals.
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_number
+from .precision import full_precision
 from .roots import How, Solution, damped, register_solver
 
 Method = Literal["pade", "taylor", "eigh"]
@@ -94,7 +95,12 @@ def _checked(
         raise ValueError(
             f"matrix must be [..., f, f] of floating point numbers, got {matrix.dtype} of shape {list(matrix.shape)}"
         )
-    return function.apply(matrix, method, degree, steps)
+    return function.apply(_wide(matrix), method, degree, steps).to(matrix.dtype)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 class _Sqrt(torch.autograd.Function):
@@ -102,7 +108,8 @@ class _Sqrt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, method: Method, degree: int, steps: int) -> Tensor:
-        root = _root(matrix, method, degree, inverse=False)
+        with full_precision():
+            root = _root(matrix, method, degree, inverse=False)
         ctx.save_for_backward(root)
         ctx.exact, ctx.steps = method == "eigh", steps
         return root
@@ -119,7 +126,8 @@ class _InverseSqrt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, method: Method, degree: int, steps: int) -> Tensor:
-        root = _root(matrix, method, degree, inverse=True)
+        with full_precision():
+            root = _root(matrix, method, degree, inverse=True)
         ctx.save_for_backward(root)
         ctx.exact, ctx.steps = method == "eigh", steps
         return root
@@ -128,8 +136,10 @@ class _InverseSqrt(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (root,) = ctx.saved_tensors
-        inverse = root @ root
-        return solve_lyapunov(root, -inverse @ gradient @ inverse, ctx.exact, ctx.steps), None, None, None
+        with full_precision():
+            inverse = root @ root
+            right = -inverse @ gradient @ inverse
+        return solve_lyapunov(root, right, ctx.exact, ctx.steps), None, None, None
 
 
 def solve_lyapunov(root: Tensor, right: Tensor, exact: bool = False, steps: int = 8) -> Tensor:
@@ -141,7 +151,11 @@ def solve_lyapunov(root: Tensor, right: Tensor, exact: bool = False, steps: int 
         exact: by the eigenvectors of R instead of the Newton-Schulz iteration.
         steps: of the iteration.
     """
-    right = (right + right.mT) / 2
+    with full_precision():
+        return _lyapunov(root, (right + right.mT) / 2, exact, steps)
+
+
+def _lyapunov(root: Tensor, right: Tensor, exact: bool, steps: int) -> Tensor:
     if exact:
         values, vectors = torch.linalg.eigh(root)
         inside = vectors.mT @ right @ vectors
@@ -282,6 +296,10 @@ class DecorrelatedNorm(nn.Module):
         """Whiten ``[n, channels, ...]``."""
         if x.ndim < 2 or x.shape[1] != self.running_mean.numel():
             raise ValueError(f"x must be [n, {self.running_mean.numel()}, ...], got shape {list(x.shape)}")
+        with full_precision():  # as of other normalisations
+            return self._whitened(_wide(x)).to(x.dtype)
+
+    def _whitened(self, x: Tensor) -> Tensor:
         features = x.movedim(1, 0).reshape(self.groups, -1, x.numel() // x.shape[1])  # groups channels places
         if self.training:
             mean = features.mean(-1, keepdim=True)

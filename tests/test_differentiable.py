@@ -299,3 +299,37 @@ def test_it_trains():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("method", ["pade", "taylor", "eigh"])
+@pytest.mark.parametrize("function", [matrix_sqrt, matrix_inverse_sqrt])
+def test_autocast_and_half_types_change_no_digit(function, method):
+    matrix = spd(6, 5.0, (3,), dtype=torch.float32).requires_grad_()
+
+    def both(given):
+        root = function(given, method)
+        (gradient,) = torch.autograd.grad(root.float().square().sum(), given)
+        return root, gradient
+
+    plain = both(matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(both(matrix), plain, strict=True):
+            assert one.dtype == torch.float32
+            assert torch.equal(one, other)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = matrix.detach().to(dtype).requires_grad_()
+        wide = half.detach().float().requires_grad_()
+        for one, other in zip(both(half), both(wide), strict=True):
+            assert one.dtype == dtype
+            torch.testing.assert_close(one.float(), other, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+def test_decorrelated_norm_under_autocast():
+    torch.manual_seed(0)
+    x, norm = torch.randn(64, 6), DecorrelatedNorm(6)
+    wanted = norm(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x), wanted)
+        half = norm(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), wanted, rtol=0.05, atol=0.05)
