@@ -228,7 +228,7 @@ class Cohort:
         assert block is not None
         means, after = [heard[unit] for unit in self.units], self._parameters()
         weights = gated(keep, 1.0, gate), gated(gain, 0.0, gate)
-        block.follow(self.state, self.before, after, means, self.recipe, *weights)
+        block.follow(self.state, self.before, after, means, self.recipe, *weights, self.scale)
 
     def _parameters(self) -> Tensor:
         """The parameters as a packed batch, ``[n, *layout.shape]``."""

@@ -12,8 +12,9 @@ Lyapunov equation R X + X R = G, by the coupled Newton-Schulz iteration for the 
     B <- B (3I - B²)/2,    C <- (3C - B²C + BCB - CB²)/2        B₀ = R/‖R‖, C₀ = G/‖R‖;  X = C/2
 
 and for the inverse root S = A^-½ with S X + X S = -S² G S². The authors' code takes ‖S‖ over the whole batch; here it is of
-each matrix. Nothing waits for the device, every product is batched, outside autocast, and in float32 or wider. The methods are implicitly damped: a zero eigenvalue
-maps to about ‖A‖^½/(2m + 1), so that an inverse root saturates at (2m + 1)/‖A‖^½. Damp ill-conditioned matrices first.
+each matrix. Nothing waits for the device, every product is batched, outside autocast, and in float32 or wider. They are
+implicitly damped: a zero eigenvalue maps to about ‖A‖^½/(2m + 1), so that an inverse root saturates at (2m + 1)/‖A‖^½. Damp
+ill-conditioned matrices first.
 
 Both are solvers of the engine, too: ``Root(0.5, solver="pade")`` or ``"taylor"``, with residuals.
 """

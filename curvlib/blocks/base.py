@@ -243,6 +243,7 @@ class Block:
         recipe: Recipe,
         keep: Weight,
         gain: Weight,
+        scale: float,
     ) -> None:
         """Learn from a step that was taken, where ``again`` asks for it and statistics were due.
 
@@ -254,6 +255,7 @@ class Block:
             recipe: the numbers of this step.
             keep: weight of the old value, a number or a 0-d tensor.
             gain: weight of the new one.
+            scale: what the stored average is multiplied by.
         """
         raise _missing(self, "follow")
 

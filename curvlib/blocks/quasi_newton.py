@@ -26,19 +26,21 @@ class QuasiNewtonBlock(StandardBlock):
 
     In formulas (Goldfarb, Ren & Bahamou 2020), with means over the batch and at + the same batch at the new parameters::
 
-        A   <- β A + (1 - β) E[a aᵀ]
-        H_a <- BFGS(H_a; s, y)          s = H_a ā, y = (A + √λ I) s;  at a refresh H_a = (A + √λ I)^-1
+        A   <- β A + (1 - β) E[a aᵀ];             at a refresh H_a = (A + √λ I)^-1
+        the step, along H_g M H_a
         s   <- β s + (1 - β) (h̄⁺ - h̄)   h = W a, the pre-activation
         y   <- β y + (1 - β) (ḡ⁺ - ḡ)
         H_g <- BFGS(H_g; s, y)          doubly damped
+        H_a <- BFGS(H_a; s, y)          s = H_a ā, y = (A + √λ I) s
 
     The first damping is Powell's: where sᵀy < μ yᵀH_g y, s moves towards H_g y. The second keeps sᵀy above √λ sᵀs: where it
     is not, y moves towards s. A pair without sᵀy > 0, or one that is not finite, is left out. With a ``window`` H_g is that
     of its last W pairs from the identity (L-BFGS, in compact form). Of convolutions ḡ is summed over positions, ā and h̄ are
-    means.
+    means; implementations of KF-QN-CNN average ḡ, too, which scales H_g. A is debiased, where the authors start it with a
+    pass over the data.
 
     State: ``factor_…`` and ``inverse_…`` of the input, ``inverse_…`` of the output, or ``steps_…``, ``changes_…`` and
-    ``place``, the averages ``step_…``, ``change_…``, and the last batch's ``mean_…`` of both.
+    ``place``, the averages ``step_…``, ``change_…``, the last batch's ``mean_…``, and ``kept_…``, of both.
     """
 
     again: ClassVar[bool] = True
@@ -83,6 +85,7 @@ class QuasiNewtonBlock(StandardBlock):
             f"kept_{given}": Spec((rows,), "diagnostics", dtype=torch.int64),
             f"mean_{given}": Spec((rows, inputs), of_input=True, order=1),
             f"mean_{out}": Spec((rows, outputs), order=1),
+            f"kept_{out}": Spec((rows,), "diagnostics", dtype=torch.int64),
             f"step_{out}": Spec((rows, outputs), "pairs"),
             f"change_{out}": Spec((rows, outputs), "pairs"),
         }
@@ -128,13 +131,6 @@ class QuasiNewtonBlock(StandardBlock):
         how = chosen(How(1.0, recipe.root.solver, factor.dtype, tolerance=recipe.root.tolerance))
         yield RootJob(factor, scale, _shift(recipe), how, inverse, residual, kept)
 
-    def correct(self, state: State, operand: Tensor, recipe: Recipe, keep: Weight, gain: Weight, scale: float) -> None:
-        """The Hessian's action on the mean input: H_a <- BFGS(H_a; H_a ā, (A + √λI) H_a ā)."""
-        name = self._input.name
-        factor, inverse, mean = (state[f"{what}_{name}"].flatten(0, 1) for what in ("factor", "inverse", "mean"))
-        s = _times(inverse, mean)
-        _bfgs_(inverse, s, _times(factor, s) * scale + _shift(recipe) * s)
-
     def follow(
         self,
         state: State,
@@ -144,8 +140,9 @@ class QuasiNewtonBlock(StandardBlock):
         recipe: Recipe,
         keep: Weight,
         gain: Weight,
+        scale: float,
     ) -> None:
-        """Average the pair of this step in, damp it, and update H_g."""
+        """Average the pair of this step in, damp it, and update H_g; then the Hessian's action on H_a."""
         out, given = self._output.name, self._input.name
         activations = [
             _times(self.layout.block(weights)[0][:, 0], mean.flatten(0, 1))
@@ -154,20 +151,36 @@ class QuasiNewtonBlock(StandardBlock):
         slopes = [one.flatten(0, 1) for one in (state[f"mean_{out}"], _stacked(means, f"mean_{out}"))]
         step, change = (state[f"{what}_{out}"].flatten(0, 1) for what in ("step", "change"))
         moved, bent = activations[1] - activations[0], slopes[1] - slopes[0]
-        sound = (moved.isfinite().all(-1) & bent.isfinite().all(-1))[:, None]
+        wanted = (torch.as_tensor(gain, device=moved.device) > 0).expand(moved.shape[0])
+        sound = moved.isfinite().all(-1) & bent.isfinite().all(-1) & wanted
         for average, new in ((step, moved), (change, bent)):
-            average.copy_(torch.where(sound, average * keep + new * gain, average))
-        s, y = (torch.where(sound, one, 0.0) for one in self._damped(state, step, change, _shift(recipe)))
+            average.copy_(torch.where(sound[:, None], average * keep + new * gain, average))
+        s, y = (torch.where(sound[:, None], one, 0.0) for one in self._damped(state, step, change, _shift(recipe)))
+        finite = sound & s.isfinite().all(-1) & y.isfinite().all(-1)
         if self._memory is None:
-            _bfgs_(state[f"inverse_{out}"].flatten(0, 1), s, y)
-            return
-        good = _usable(s, y)
-        place = state["place"].flatten()
+            finite &= _bfgs_(state[f"inverse_{out}"].flatten(0, 1), s, y)
+        else:
+            self._remember(state, s, y)
+        state[f"kept_{out}"].flatten().add_(wanted & ~finite)
+        self._act(state, recipe, scale, wanted)
+
+    def _remember(self, state: State, s: Tensor, y: Tensor) -> None:
+        """Put a pair in the place of the oldest, if it can be used."""
+        assert self._memory is not None
+        good, place = _usable(s, y), state["place"].flatten()
         where = torch.nn.functional.one_hot(place, self._memory).bool() & good[:, None]
         for what, new in (("steps", s), ("changes", y)):
-            pairs = state[f"{what}_{out}"].flatten(0, 1)
+            pairs = state[f"{what}_{self._output.name}"].flatten(0, 1)
             pairs.copy_(torch.where(where[:, :, None], new[:, None], pairs))
         place.copy_((place + good) % self._memory)
+
+    def _act(self, state: State, recipe: Recipe, scale: float, wanted: Tensor) -> None:
+        """The Hessian's action on the mean input: H_a <- BFGS(H_a; H_a ā, (A + √λI) H_a ā)."""
+        name = self._input.name
+        factor, inverse, mean = (state[f"{what}_{name}"].flatten(0, 1) for what in ("factor", "inverse", "mean"))
+        s = torch.where(wanted[:, None], _times(inverse, mean), 0.0)
+        finite = _bfgs_(inverse, s, _times(factor, s) * scale + _shift(recipe) * s)
+        state[f"kept_{name}"].flatten().add_(~finite)
 
     def _damped(self, state: State, s: Tensor, y: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         """Double damping: sᵀy at least μ yᵀHy, and at least the bound times sᵀs."""
@@ -264,16 +277,21 @@ def _usable(s: Tensor, y: Tensor) -> Tensor:
     return (product > 0) & finite
 
 
-def _bfgs_(inverse: Tensor, s: Tensor, y: Tensor) -> None:
-    """H <- H + (ρ² yᵀHy + ρ) s sᵀ - ρ (s (Hy)ᵀ + (Hy) sᵀ), ρ = 1 / sᵀy, in place where the pair can be used."""
+def _bfgs_(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """H <- H + (ρ² yᵀHy + ρ) s sᵀ - ρ (s (Hy)ᵀ + (Hy) sᵀ), ρ = 1 / sᵀy, in place where the pair can be used.
+
+    Returns:
+        Which are finite then, ``[B]``; others stay as they were.
+    """
     good = _usable(s, y)[:, None]
     s, y = torch.where(good, s, 0.0), torch.where(good, y, 0.0)
     rho = torch.where(good, 1 / torch.where(good, _dot(s, y), 1.0), 0.0)
     hy = _times(inverse, y)
     along = (rho**2 * _dot(y, hy) + rho) * s - rho * hy  # H + along sᵀ - ρ s (Hy)ᵀ
     new = inverse.baddbmm(along[..., None], s[:, None]).baddbmm_(s[..., None], (rho * hy)[:, None], alpha=-1)
-    sound = new.flatten(1).isfinite().all(1)[:, None, None]
-    inverse.copy_(torch.where(sound, new, inverse))
+    sound = new.flatten(1).isfinite().all(1)
+    inverse.copy_(torch.where(sound[:, None, None], new, inverse))
+    return sound
 
 
 def _compact(s: Tensor, y: Tensor, columns: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class AdaHessian(CurvatureOptimizer):
 
     Args:
         params: parameters, groups, named parameters, or a model.
-        lr: step size.
+        lr: step size; this default and those of betas and eps are the authors'.
         betas: β1, β2.
         eps: ε.
         weight_decay: decoupled.
@@ -46,7 +46,7 @@ class AdaHessian(CurvatureOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor | Callable[[int], float] = 0.1,
+        lr: float | Tensor | Callable[[int], float] = 0.15,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
         weight_decay: float = 0.0,

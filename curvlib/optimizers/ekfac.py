@@ -28,7 +28,8 @@ class EKFAC(CurvatureOptimizer):
     g_n are the gradients of single examples, rotated by the bases of the last step. The authors' EKFAC-ra has the squares of
     the batch gradient instead (``scaling="gradient"``): they scale with the Fisher over the batch size, and so must lr and
     λ. Their code sets s anew at every refresh; here it is carried over by the squared overlaps of old and new vectors.
-    Everything but linear layers and convolutions follows the momentum, diagonally preconditioned by single examples.
+    Everything but linear layers and convolutions follows the momentum, diagonally preconditioned by single examples. Their
+    code refreshes bases at every step, averages EKFAC-ra with β 0.75, and has no clip.
 
     Args:
         params: parameters, groups, named parameters, or a model.

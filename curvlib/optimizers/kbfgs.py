@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KRONECKER, AdditiveQuasiNewtonBlock, QuasiNewtonBlock
-from ..checks import Flags
+from ..checks import Flags, check_number
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_weight
@@ -21,13 +21,13 @@ class KBFGS(CurvatureOptimizer):
 
     ::
 
-        A   <- β A + (1 - β) E[a aᵀ]                         a: inputs, a one appended for the bias
-        H_a <- BFGS(H_a; s, (A + √λ I) s),  s = H_a ā         the Hessian's action; H_a starts as (A + √λ I)^-1
-        M   <- μ M + (1 - μ) g                               g with weight_decay · w added
+        A   <- β A + (1 - β) E[a aᵀ]    a: inputs, a one appended for the bias; H_a starts as (A + √λ I)^-1
+        M   <- μ M + (1 - μ) g         g with weight_decay · w added
         w   <- w - lr H_g M H_a
-        H_g <- BFGS(H_g; s, y)          s, y: EMAs of the changes of mean pre-activations and of their gradients
+        H_g <- BFGS(H_g; s, y)         s, y: EMAs of the changes of mean pre-activations and of their gradients
+        H_a <- BFGS(H_a; s, (A + √λ I) s),  s = H_a ā         the Hessian's action
 
-    The last line looks at the same batch once more at the new parameters: ``optimizer.step(closure)`` calls the closure,
+    The fourth line looks at the same batch once more at the new parameters: ``optimizer.step(closure)`` calls the closure,
     which does ``zero_grad``, forward and ``backward``, once before and once after the step: twice the cost of a first-order
     step. Layers whose forward pass is random, such as dropout, see other noise the second time; batch norms count it twice.
 
@@ -39,7 +39,7 @@ class KBFGS(CurvatureOptimizer):
     Args:
         params: parameters, groups, named parameters, or a model.
         lr: step size.
-        damping: λ, of which each factor gets the square root; below 1.
+        damping: λ, of which each factor gets the square root; above 0 and below 1.
         beta: β, of A and of the pairs.
         momentum: μ, an EMA.
         weight_decay: L2, added to the gradient.
@@ -91,6 +91,7 @@ def kbfgs(
     damping: float, beta: float, momentum: float, memory: int | None, statistics_every: int, refresh_every: int | None
 ) -> Table:
     """Linear layers and convolutions: inverses that follow secant pairs; everything else: the momentum alone."""
+    check_number("damping", damping, high=1.0, strict=True)
     rule = Rule(Momentum(momentum, "ema") if momentum else None, decay="l2")
     plain = Recipe(DIAGONAL, root=Root(0), rule=rule)
 

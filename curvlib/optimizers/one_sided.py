@@ -27,7 +27,8 @@ class FOOF(CurvatureOptimizer):
         d  = m (A + λI)^-1                  A refreshed every T2 steps; m: the gradient's momentum, [W, b]
         w <- (1 - lr·weight_decay) w - lr d
 
-    Only inputs are heard, so labels do not matter. What has no inputs that can be heard follows its momentum.
+    Only inputs are heard, so labels do not matter. What has no inputs that can be heard follows its momentum. The paper tunes
+    λ and lr for each problem; the defaults are this library's.
 
     Args:
         params: parameters, groups, named parameters, or a model.
@@ -114,7 +115,7 @@ class OneSidedShampoo(CurvatureOptimizer):
         w <- (1 - lr·weight_decay) w - lr d
 
     The papers have no division by i, and thus steps of a √i-th the length, and no grafting (``grafting=None``). With
-    grafting lr is on Adam's scale.
+    grafting lr is on Adam's scale. The defaults are those of :class:`~curvlib.Shampoo` here.
 
     Args:
         params: parameters, groups, named parameters, or a model.

@@ -44,8 +44,8 @@ class PSGDKron(CurvatureOptimizer):
         weight_decay: decoupled.
         bound_beta: β of the bound by which η is divided, the authors' 0.9.
         max_size: largest axis with a dense factor; the authors have no limit.
-        max_skew: an axis of n entries is also long if n² is above this times the entries of the tensor, from 1; ``None`` for no
-            such limit. The authors have 1, which leaves the longer axis of every matrix a diagonal.
+        max_skew: an axis of n entries is also long if n² is above this times the entries of the tensor, from 1; ``None`` for
+            no such limit. The authors have 1, which leaves the longer axis of every matrix a diagonal.
         statistics_every: T, in steps.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.

@@ -116,7 +116,8 @@ class KLShampoo(CurvatureOptimizer):
         w   <- (1 - lr·weight_decay) w - lr d
 
     with m̂ the gradient's debiased EMA. The covariance of the gradients is taken to be ⊗ S_i, so that d has entries of the
-    size of Adam's. λ is relative to the mean eigenvalue; the paper has a small absolute one. Vectors have Adam.
+    size of Adam's. λ is relative to the mean eigenvalue; the paper has a small absolute one. Vectors have Adam. Other
+    defaults are SOAP's.
 
     Args:
         params: parameters, groups, named parameters, or a model.

@@ -28,7 +28,8 @@ class TKFAC(CurvatureOptimizer):
     τΦ and τΨ are the second moments of single examples' gradients along either axis, E[gᵀg] and E[g gᵀ], which is how
     they are taken; with positions shared within an example that is of the example's whole gradient, where the paper takes
     positions one by one. Averages are over τΦ and τΨ. The paper's second damping for convolutions is not offered: its exact
-    formula could not be found. What can't be heard follows its momentum.
+    formula could not be found. A side of one entry has no factor: the direction of a layer with one output is
+    (τΦ + λI)^-1 g. What can't be heard follows its momentum. The defaults are not the paper's, whose text could not be had.
 
     Args:
         params: parameters, groups, named parameters, or a model.

@@ -26,7 +26,8 @@ class TNT(CurvatureOptimizer):
 
     Kernels have one axis of their own, vectors a full matrix. Drawn labels need ``optimizer.observe(outputs, likelihood)``
     between the forward pass and ``backward``, and one more backward pass where statistics are due. The authors start with a
-    pass over the data (:meth:`CurvatureOptimizer.warm_start`), and skip the first update after it.
+    pass over the data (:meth:`CurvatureOptimizer.warm_start`), and skip the first update after it. An axis of one
+    entry has no factor and does not count in k.
 
     Args:
         params: parameters, groups, named parameters, or a model.

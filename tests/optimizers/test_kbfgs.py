@@ -50,10 +50,11 @@ class Layer:
         self.a = self.beta * self.a + (1 - self.beta) * a
         lm = self.a / (1 - self.beta**self.t) + self.root * torch.eye(len(a), dtype=F64)
         self.ha = torch.linalg.inv(lm) if self.ha is None else self.ha
+        self.m = mu * self.m + (1 - mu) * (gradient + decay * weights)
+        direction = self.hg @ self.m @ self.ha
         s = self.ha @ mean
         self.ha = bfgs(self.ha, s, lm @ s)
-        self.m = mu * self.m + (1 - mu) * (gradient + decay * weights)
-        return self.hg @ self.m @ self.ha
+        return direction
 
     def after(self, old, new):
         self.s = self.beta * self.s + (1 - self.beta) * (new[2] - old[2])

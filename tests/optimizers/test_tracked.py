@@ -241,7 +241,13 @@ def test_long_axes_have_diagonal_factors():
             "both": nn.Linear(20, 20),
         }
     )
-    wanted = {"e.weight": "[v]", "wide.weight": "[i]", "tall.weight": "[o]", "tall.bias": "[...]", "both.weight": "[...]"}
+    wanted = {
+        "e.weight": "[v]",
+        "wide.weight": "[i]",
+        "tall.weight": "[o]",
+        "tall.bias": "[...]",
+        "both.weight": "[...]",
+    }
     routes = curvlib.PSGDKron(model, max_size=10).routing()
     for name, text in wanted.items():
         assert text in routes[name].split(" (route")[0], routes[name]
