@@ -14,16 +14,62 @@ had: averages, λ and the bound are what its abstract leaves open.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .checks import number, period
+from .checks import Number, check_number, check_period, number, period
 from .cohort import Group
 from .distributed import Exchange
+from .ears import TapError
 from .engine import Direction
-from .models import Layerwise
-from .passes import Slopes
+from .models import Model, decide
+from .passes import Passes, Slopes
+
+
+@dataclass(frozen=True)
+class Layerwise(Model):
+    """A step size for every layer, from the Hessian's diagonal block of that layer, see :mod:`curvlib.layerwise`.
+
+    Needs ``optimizer.observe(loss=loss)`` before ``loss.backward(retain_graph=True)``.
+
+    Args:
+        damping: λ.
+        beta: β of the averages.
+        largest: largest step size.
+        every: T: a layer is measured at every T-th step, the layers in turn; all at the first.
+    """
+
+    needs: ClassVar[str] = "loss"
+    scalars: ClassVar[tuple[str, ...]] = ("slope", "bend", "square")
+
+    damping: Number = 1e-3
+    beta: Number = 0.9
+    largest: Number = 1.0
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        check_number("damping", self.damping)
+        check_number("beta", self.beta, high=1.0)
+        check_number("largest", self.largest, strict=True)
+        check_period("every", self.every)
+
+
+@decide.register(Layerwise)
+def _(
+    model: Layerwise,
+    finished: Iterable[Direction],
+    passes: Passes,
+    parameters: Sequence[Tensor],
+    settings: Sequence[Group],
+    gate: Tensor | None,
+    exchange: Exchange | None = None,
+) -> None:
+    if not passes.slopes:
+        raise TapError("step sizes of layers need optimizer.observe(loss=loss) before backward")
+    scale_steps(model, finished, passes.slopes, settings, gate, exchange)
 
 
 def scale_steps(
@@ -31,6 +77,7 @@ def scale_steps(
     finished: Iterable[Direction],
     seen: Sequence[Slopes],
     groups: Sequence[Group],
+    gate: Tensor | None = None,
     exchange: Exchange | None = None,
 ) -> None:
     """Multiply every direction whose rule has this model by the step size of its layer.
@@ -40,6 +87,7 @@ def scale_steps(
         finished: this step's directions; changed in place.
         seen: gradients of this step's batches, with their graphs.
         groups: settings: ``loss_factor``, by which what is of the observed losses is divided, ``maximize``.
+        gate: 0-d bool, False where nothing is to be averaged; ``None`` is open.
         exchange: the ranks over whose batches the Hessian is the mean.
     """
     turn = 0
@@ -63,7 +111,8 @@ def scale_steps(
                 measured = measured if exchange is None else exchange.mean([(one, 1.0) for one in measured])
                 for value, new in zip(kept, measured, strict=True):
                     average = beta * value[row] + (1 - beta) * new
-                    value[row] = torch.where(average.isfinite(), average, value[row])
+                    sound = average.isfinite() if gate is None else average.isfinite() & gate
+                    value[row] = torch.where(sound, average, value[row])
         slope, bend, square = kept
         bound = bend.clamp_min(0) + number(model.damping) * square
         tiny = torch.finfo(bound.dtype).tiny

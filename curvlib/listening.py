@@ -17,12 +17,11 @@ from .ears import TapError, TapWarning
 from .health import warn
 from .labels import LIKELIHOODS, Likelihood, seeds
 from .layers import Reading, Slot
-from .layerwise import scale_steps
-from .models import Layerwise, Model, Quadratic
+from .models import Model, decide
 from .passes import Passes
 from .phases import phase
 from .precision import full_precision
-from .quadratic import Minimum, adapted, minimise
+from .quadratic import Minimum
 from .ranks import Ranks
 from .recipe import Recipe
 from .routing import Table
@@ -276,28 +275,17 @@ class Listening(Ranks):
             number += self._exchange.rank * 1_000_000_007
         return torch.Generator(device).manual_seed(number)
 
-    def _minimise(
-        self, finished: list[engine.Direction], settings: Sequence[Mapping[str, Any]]
-    ) -> dict[Model, Minimum]:
-        """Let models of the loss decide step sizes, where rules have one."""
-        found: dict[Model, Minimum] = {}
-        for model in {one.cohort.recipe.rule.model for one in finished} - {None}:
-            if isinstance(model, Quadratic):
-                if not self._passes.outputs:
-                    raise TapError(
-                        "a quadratic model of the loss needs optimizer.observe(outputs, likelihood) at every step"
-                    )
-                found[model] = minimise(model, finished, self._passes.outputs, self._parameters(), self._exchange)
-            elif isinstance(model, Layerwise):
-                if not self._passes.slopes:
-                    raise TapError("step sizes of layers need optimizer.observe(loss=loss) before backward")
-                scale_steps(model, finished, self._passes.slopes, settings, self._exchange)
-        return found
+    def _decide(
+        self, finished: list[engine.Direction], settings: Sequence[Mapping[str, Any]], gate: Tensor | None
+    ) -> list[Minimum]:
+        """Let models of the loss decide step sizes, where rules have one; what they promise."""
+        models = {model: None for one in finished if (model := one.cohort.recipe.rule.model) is not None}
+        given = self._passes, self._parameters(), settings, gate, self._exchange
+        return [found for model in models if (found := decide(model, finished, *given)) is not None]
 
-    def _adapt(self, found: Mapping[Model, Minimum], before: Any, closure: Callable[[], Any] | None) -> None:
-        """Compare the loss after the step with what the model promised, and change the damping of the groups."""
-        models = {model: minimum for model, minimum in found.items() if isinstance(model, Quadratic)}
-        due = {m: one for m, one in models.items() if m.adapt_every and (self._steps + 1) % m.adapt_every == 0}
+    def _adapt(self, promised: Sequence[Minimum], before: Any, closure: Callable[[], Any] | None) -> None:
+        """Compare the loss after the step with what the models promised, and change the damping of the groups."""
+        due = [one for one in promised if one.due(self._steps + 1)]
         if not due:
             return
         if closure is None:
@@ -306,13 +294,13 @@ class Listening(Ranks):
         for parameter in self._parameters():
             parameter.grad = None
         with self._taps.paused(), torch.enable_grad():
-            after = float(closure())
+            after = float(torch.as_tensor(closure()).detach())
         for parameter, gradient in zip(self._parameters(), gradients, strict=True):
             parameter.grad = gradient
-        for model, minimum in due.items():
+        for one in due:
             for group in self.param_groups:
                 if "damping" in group:
-                    group["damping"] = adapted(group["damping"], model, float(before), after, float(minimum.decrease))
+                    group["damping"] = one.adapted(group["damping"], float(before), after)
 
     def _follows(self, active: Sequence[Unit], closure: Callable[[], Any] | None) -> list[Unit]:
         """The units that look at the same batch once more after this step.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from .checks import Number, check_number, check_period
+from functools import singledispatch
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -23,56 +22,26 @@ class Model:
     scalars: ClassVar[tuple[str, ...]] = ()
 
 
-@dataclass(frozen=True)
-class Quadratic(Model):
-    """Step size and momentum that minimise a quadratic model of the loss, see :mod:`curvlib.quadratic`.
-
-    Needs ``optimizer.observe(outputs, likelihood)`` at every step, and for ``adapt_every`` also ``step(closure)``.
-
-    Args:
-        damping: λ of the model.
-        momentum: combine with the last update.
-        adapt_every: T, in steps, of the Levenberg-Marquardt rule that changes the group's ``damping``; ``None`` for never.
-        rate: ω^(1/T).
-    """
-
-    combines: ClassVar[bool] = True
-
-    damping: Number = 1e-2
-    momentum: bool = True
-    adapt_every: int | None = None
-    rate: float = 19 / 20
-
-    def __post_init__(self) -> None:
-        check_number("damping", self.damping)
-        check_number("rate", self.rate, high=1.0, strict=True)
-        if self.adapt_every is not None:
-            check_period("adapt_every", self.adapt_every)
-
-
-@dataclass(frozen=True)
-class Layerwise(Model):
-    """A step size for every layer, from the Hessian's diagonal block of that layer, see :mod:`curvlib.layerwise`.
-
-    Needs ``optimizer.observe(loss=loss)`` before ``loss.backward(retain_graph=True)``.
+@singledispatch
+def decide(
+    model: Model, finished: Any, passes: Any, parameters: Any, settings: Any, gate: Any, exchange: Any = None
+) -> Any:
+    """Let a model change this step's directions; every kind registers how, in the room of its mathematics.
 
     Args:
-        damping: λ.
-        beta: β of the averages.
-        largest: largest step size.
-        every: T: a layer is measured at every T-th step, the layers in turn; all at the first.
+        model: the model.
+        finished: the step's directions, :class:`~curvlib.engine.Direction`, of which those with this model are changed.
+        passes: what was evaluated since the last step, :class:`~curvlib.passes.Passes`.
+        parameters: of the optimizer, in order.
+        settings: of the groups.
+        gate: 0-d bool, False where the step must change nothing; ``None`` is open.
+        exchange: the ranks over whose batches a model is the mean; ``None`` for one.
+
+    Returns:
+        What the model promises of the step, :class:`~curvlib.quadratic.Minimum`, or ``None``.
+
+    Raises:
+        TapError: where a pass is missing.
+        TypeError: for a kind that registered nothing.
     """
-
-    needs: ClassVar[str] = "loss"
-    scalars: ClassVar[tuple[str, ...]] = ("slope", "bend", "square")
-
-    damping: Number = 1e-3
-    beta: Number = 0.9
-    largest: Number = 1.0
-    every: int = 10
-
-    def __post_init__(self) -> None:
-        check_number("damping", self.damping)
-        check_number("beta", self.beta, high=1.0)
-        check_number("largest", self.largest, strict=True)
-        check_period("every", self.every)
+    raise TypeError(f"{type(model).__name__} does not say how it decides: register it with curvlib.models.decide")

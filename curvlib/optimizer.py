@@ -107,6 +107,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
                 raise ValueError(f"{type(model).__name__} has no parameters to optimize")
         self._recipe = recipe if callable(recipe) else as_table(recipe)
         self._settings = tuple(settings)
+        self._amendments: tuple[Callable[[Table], Table], ...] = ()
         self._schedules: list[dict[str, Callable[[int], Any]]] = []
         self._steps = 0
         self._slots: dict[Tensor, Slot] = {}
@@ -160,6 +161,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             written = [as_table(self._recipe(**dict(zip(self._settings, values, strict=True)))) for values in key]
         else:
             written = [self._recipe] * len(key)
+        for change in self._amendments:
+            written = [change(table) for table in written]
         tables = [tuple(resolve(route, self._steps) for route in table) for table in written]
         equal: dict[Recipe, Recipe] = {}
         tables = [
@@ -171,6 +174,29 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             self._units = None
         self._cache = _Tables(key, tables, form, None if tables == written else self._steps)
         return tables
+
+    def amend(self, change: Callable[[Table], Table]) -> None:
+        """Change the routing tables of this optimizer: such as any method's, to a variant of it.
+
+        Args:
+            change: from a table to another one; a function of a module, or a ``partial`` of one, so that the optimizer can
+                still be pickled.
+
+        Raises:
+            RuntimeError: after the first step.
+            ValueError, TypeError, PartitionError: where the changed table is refused; then nothing is changed.
+        """
+        if self.state:
+            raise RuntimeError("amend changes what a step keeps; call it before the first step")
+        before = self._amendments
+        self._amendments, self._cache, self._units = (*before, change), None, None
+        try:
+            self._all_units()
+        except (ValueError, TypeError):
+            self._amendments, self._cache, self._units = before, None, None
+            self._all_units()
+            raise
+        self._expect()
 
     # -- routing --------------------------------------------------------------------------------------------------
 
@@ -253,7 +279,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         with full_precision():
             buckets, together = self._storage.buckets, self._together(active)
             finished = engine.directions(buckets, recipes, lineup, settings, gate, heard, given, together)
-            found = self._minimise(finished, settings)
+            promised = self._decide(finished, settings, gate)
             self._move(finished, settings, gate)
         if self._shards is not None:
             self._shards.scatter(gradients=not self._steps_itself)
@@ -261,7 +287,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         if follows and closure is not None:
             self._follow(follows, finished, settings, closure, gate)
         engine.settle(finished)
-        self._adapt(found, loss, closure)
+        self._adapt(promised, loss, closure)
         self._taps.settle()
         self._passes.clear()
         self._steps += 1

@@ -12,17 +12,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .checks import number
+from .checks import Number, check_number, check_period, number
 from .distributed import Exchange
+from .ears import TapError
 from .engine import Direction
 from .labels import Likelihood, hessian_product
-from .models import Quadratic
+from .models import Model, decide
 
 Vectors = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Quadratic(Model):
+    """Step size and momentum that minimise a quadratic model of the loss, see :mod:`curvlib.quadratic`.
+
+    Needs ``optimizer.observe(outputs, likelihood)`` at every step, and for ``adapt_every`` also ``step(closure)``.
+
+    Args:
+        damping: λ of the model.
+        momentum: combine with the last update.
+        adapt_every: T, in steps, of the Levenberg-Marquardt rule that changes the group's ``damping``; ``None`` for never.
+        rate: ω^(1/T).
+    """
+
+    combines: ClassVar[bool] = True
+
+    damping: Number = 1e-2
+    momentum: bool = True
+    adapt_every: int | None = None
+    rate: float = 19 / 20
+
+    def __post_init__(self) -> None:
+        check_number("damping", self.damping)
+        check_number("rate", self.rate, high=1.0, strict=True)
+        if self.adapt_every is not None:
+            check_period("adapt_every", self.adapt_every)
 
 
 @dataclass
@@ -76,14 +105,41 @@ class Minimum:
     """Where the model has its minimum.
 
     Attributes:
+        model: of which.
         alpha: α; 0-d.
         mu: μ; 0-d, zero without an earlier update.
         decrease: M(δ) - h; 0-d, negative.
     """
 
+    model: Quadratic
     alpha: Tensor
     mu: Tensor
     decrease: Tensor
+
+    def due(self, step: int) -> bool:
+        """Whether the loss after the step of this number, from 1, changes the damping."""
+        return self.model.adapt_every is not None and step % self.model.adapt_every == 0
+
+    def adapted(self, damping: float, before: float, after: float) -> float:
+        """λ after the loss was compared before and after the step."""
+        return adapted(damping, self.model, before, after, float(self.decrease))
+
+
+@decide.register(Quadratic)
+def _(
+    model: Quadratic,
+    finished: Sequence[Direction],
+    passes: Any,
+    parameters: Sequence[Tensor],
+    settings: Sequence[Any],
+    gate: Tensor | None,
+    exchange: Exchange | None = None,
+) -> Minimum | None:
+    if not passes.outputs:
+        raise TapError("a quadratic model of the loss needs optimizer.observe(outputs, likelihood) at every step")
+    if gate is not None and not bool(gate):
+        return None
+    return minimise(model, finished, passes.outputs, parameters, exchange)
 
 
 def minimise(
@@ -130,7 +186,7 @@ def minimise(
     weights[:used] = torch.where(solved.isfinite(), solved, 0.0)
     for one in mine:
         one.combine(float(weights[0]), float(weights[1]))
-    return Minimum(weights[0], weights[1], weights @ slope + weights @ inner @ weights / 2)
+    return Minimum(model, weights[0], weights[1], weights @ slope + weights @ inner @ weights / 2)
 
 
 def adapted(damping: float, model: Quadratic, before: float, after: float, decrease: float) -> float:

@@ -20,7 +20,7 @@ from .units import Unit
 if TYPE_CHECKING:
     from .sharding import Shards
 
-_OWN = ("_recipe", "_settings", "_schedules", "_steps", "_slots", "_masked", "_told")
+_OWN = ("_recipe", "_settings", "_amendments", "_schedules", "_steps", "_slots", "_masked", "_told")
 
 
 class Saving(torch.optim.Optimizer):

@@ -26,7 +26,8 @@ from curvlib import (
     TapWarning,
 )
 from curvlib.labels import sample_labels
-from curvlib.models import Layerwise, Quadratic
+from curvlib.layerwise import Layerwise
+from curvlib.quadratic import Quadratic
 from curvlib.routing import is_weight
 from curvlib.testing.trainings import convolutional, perceptron
 from tests.campaign import METHODS

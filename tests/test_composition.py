@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from curvlib import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule, TapError, Tracking, blocks
 from curvlib.finishes import ClipEntries, ClipRms, Orthogonal, ParameterScale, Sign
-from curvlib.models import Layerwise, Quadratic
+from curvlib.layerwise import Layerwise
+from curvlib.quadratic import Quadratic
 from curvlib.testing.blocks import damped
 from curvlib.testing.recipes import _resumes, _trains
 from curvlib.testing.trainings import Training, builder, convolutional, perceptron

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, KRONECKER, EigenBlock
 from ..checks import Flags, check_choice
-from ..models import Quadratic
 from ..optimizer import CurvatureOptimizer
+from ..quadratic import Quadratic
 from ..recipe import Clip, Damping, Labels, Moment, Momentum, Recipe, Root, Rule, Schedule
 from ..routing import Route, Table, is_weight
 

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal, Unpack
+from functools import partial
+from typing import Any, Literal, TypeVar, Unpack
 
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL
 from ..checks import Flags
-from ..models import Layerwise
+from ..layerwise import Layerwise
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule
 from ..routing import Route, Table
 
+M = TypeVar("M", CurvatureOptimizer, Table)
 
-def layerwise(table: Table, model: Layerwise) -> Table:
-    """Any method's table, with the step sizes of layers by this model; ``lr`` multiplies them."""
+
+def layerwise(method: M, model: Layerwise | None = None) -> M:
+    """Any method, with step sizes of its layers' own; ``lr`` multiplies them.
+
+    ::
+
+        optimizer = layerwise(curvlib.Shampoo(model, lr=1.0), Layerwise(largest=0.1))
+
+    Args:
+        method: an optimizer that has not stepped yet, which is changed, or a routing table.
+        model: how they are measured and bounded; by default as :class:`~curvlib.layerwise.Layerwise` has it.
+
+    Returns:
+        The optimizer, or a new table.
+
+    Raises:
+        ValueError: for a rule with a clip, which decides the length by itself.
+        RuntimeError: for an optimizer that has stepped.
+    """
+    chosen = Layerwise() if model is None else model
+    if isinstance(method, CurvatureOptimizer):
+        method.amend(partial(layerwise, model=chosen))
+        return method
     return tuple(
-        replace(route, recipe=replace(route.recipe, rule=replace(route.recipe.rule, model=model))) for route in table
+        replace(route, recipe=replace(route.recipe, rule=replace(route.recipe.rule, model=chosen))) for route in method
     )
 
 
