@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .checks import Number, check_choice, check_number, number
 from .labels import LIKELIHOODS, Likelihood
+from .low_rank import gram, root_of_one_plus, truncated, whitened
 
 Inflation = Literal["bayesian", "simple", "hybrid"]
 
@@ -202,8 +203,8 @@ class LowRankPrecision(Gaussian):
         """Λ⁻¹ v = Υ⁻¹ v - Υ⁻¹ W (I + Wᵀ Υ⁻¹ W)⁻¹ Wᵀ Υ⁻¹ v, for ``[P]`` or ``[P, k]``."""
         matrix = vector.reshape(len(self.basis), -1)
         scaled = matrix / self.diagonal.unsqueeze(-1)
-        whitened = self._whitened()
-        return (scaled - whitened.mT @ (whitened @ matrix)).view(vector.shape)
+        white = self._whitened()
+        return (scaled - white.mT @ (white @ matrix)).view(vector.shape)
 
     def variances(self) -> Tensor:
         """The diagonal of Λ⁻¹, ``[P]``."""
@@ -232,7 +233,7 @@ class LowRankPrecision(Gaussian):
         """
         moved = (gamma**2 / self.diagonal + q).reciprocal()
         ratio = (moved / self.diagonal).unsqueeze(-1)
-        root = _root_of_one_plus(q * _gram(self.basis, self.basis * ratio))
+        root = _sound_root(q * gram(self.basis, self.basis * ratio))
         basis = torch.linalg.solve_triangular(root, gamma * (self.basis * ratio).mT.double(), upper=False).mT
         return replace(self, diagonal=moved, basis=basis.to(self.basis.dtype))
 
@@ -247,23 +248,16 @@ class LowRankPrecision(Gaussian):
         wide = torch.cat([self.basis, rows.mT], 1).double()
         scaled = wide / self.diagonal.unsqueeze(-1)
         late = F.pad(residual, (memory, 0)).unsqueeze(-1).double()
-        weights = torch.cholesky_solve(late, _root_of_one_plus(_gram(wide, scaled)))
-        values, vectors = torch.linalg.eigh(_gram(wide, wide))
-        # What is rounding of the largest is no column: it would come back ever smaller, and eigh fails on subnormals.
-        kept = values > len(values) * torch.finfo(values.dtype).eps * values.amax()
-        kept[: len(values) - memory] = False
-        columns = wide @ vectors
-        diagonal = self.diagonal
-        if diagonal.ndim:
-            diagonal = diagonal + torch.where(kept, 0.0, columns).square().sum(1).to(diagonal.dtype)
-        basis = torch.where(kept, columns, 0.0).flip(-1)[:, :memory].to(rows.dtype).contiguous()
-        return replace(self, diagonal=diagonal, basis=basis), (scaled @ weights).squeeze(-1).to(rows.dtype)
+        weights = torch.cholesky_solve(late, _sound_root(gram(wide, scaled)))
+        basis, rest = truncated(wide, memory)
+        diagonal = self.diagonal + rest.to(self.diagonal.dtype) if self.diagonal.ndim else self.diagonal
+        return replace(self, diagonal=diagonal, basis=basis.to(rows.dtype)), (scaled @ weights).squeeze(-1).to(
+            rows.dtype
+        )
 
     def _whitened(self) -> Tensor:
         """T ``[L, P]`` with Λ⁻¹ = Υ⁻¹ - Tᵀ T."""
-        scaled = self.basis / self.diagonal.unsqueeze(-1)
-        root = _root_of_one_plus(_gram(self.basis, scaled))
-        return torch.linalg.solve_triangular(root, scaled.mT.double(), upper=False).to(scaled.dtype)
+        return whitened(self.diagonal.view(-1), self.basis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,24 +310,22 @@ class DenseCovariance(Gaussian):
     def conditioned(self, rows: Tensor, residual: Tensor) -> tuple[Self, Tensor]:
         """Joseph's form, (I - K J) Σ (I - K J)ᵀ + K Kᵀ with K = Σ Jᵀ (I + J Σ Jᵀ)⁻¹: an error of K counts squared."""
         product = rows @ self.matrix
-        gain = torch.cholesky_solve(product, _root_of_one_plus(product @ rows.mT)).mT
+        gain = torch.cholesky_solve(product, _sound_root(product @ rows.mT)).mT
         less = self.matrix - gain @ product
         matrix = less - (less @ rows.mT) @ gain.mT + gain @ gain.mT
         return replace(self, matrix=_symmetric(matrix)), gain @ residual
 
 
-def _gram(left: Tensor, right: Tensor) -> Tensor:
-    """The small matrix Aᵀ B, in float64: it has the squares of what it is made of."""
-    return left.mT.double() @ right.double()
+def _sound_root(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of I + a positive semidefinite matrix.
 
-
-def _root_of_one_plus(gram: Tensor) -> Tensor:
-    """The Cholesky factor of I + a positive semidefinite matrix."""
-    gram = gram.clone()
-    gram.diagonal().add_(1.0)
-    if not gram.isfinite().all():  # the factor of an infinite matrix may be finite to its solves, and the step zero
+    Raises:
+        LinAlgError: where it is not finite.
+    """
+    root = root_of_one_plus(matrix)
+    if not root.isfinite().all():
         raise torch.linalg.LinAlgError("a product of the Jacobian overflows")
-    return torch.linalg.cholesky(gram)
+    return root
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

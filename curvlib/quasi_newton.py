@@ -1,7 +1,7 @@
-"""Quasi-Newton estimates of inverses: of a Jacobian by Broyden's updates, of a Hessian by those of L-BFGS.
+"""Quasi-Newton estimates of inverses: of a Jacobian by Broyden's updates, of a Hessian by those of BFGS and L-BFGS.
 
 The solvers of :mod:`curvlib.solving` make them; what they have learnt while they solved stays of use:
-:mod:`curvlib.implicit` differentiates with it.
+:mod:`curvlib.implicit` differentiates with it. The batched updates at the end are those of K-BFGS' blocks, too.
 """
 
 from __future__ import annotations
@@ -195,16 +195,15 @@ class LbfgsInverse:
         return float(step @ change / (change @ change))
 
     def apply(self, vector: Tensor) -> Tensor:
-        """H x, by the two loops: ``[d]`` -> ``[d]``."""
-        weights = []
-        for step, change in reversed(self.pairs):
-            weight = step @ vector / (step @ change)
-            vector = vector - weight * change
-            weights.append(weight)
-        vector = self.scale * vector
-        for (step, change), weight in zip(self.pairs, reversed(weights), strict=True):
-            vector = vector + (weight - change @ vector / (step @ change)) * step
-        return vector
+        """H x, in the compact form that K-BFGS(L) has, too: ``[d]`` -> ``[d]``.
+
+        H is γ times the estimate from the identity with the steps s/γ.
+        """
+        if not self.pairs:
+            return vector
+        steps, changes = (torch.stack(one)[None] for one in zip(*self.pairs, strict=True))
+        column = vector[None, :, None]
+        return (self.scale * (column + compact(steps / self.scale, changes, column))).view(vector.shape)
 
     def dense(self, like: Tensor) -> Tensor:
         """H, ``[d, d]``, by the recursion.
@@ -218,3 +217,55 @@ class LbfgsInverse:
             left = identity - torch.outer(step, change) / (step @ change)
             dense = left @ dense @ left.mT + torch.outer(step, step) / (step @ change)
         return dense
+
+
+def times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """A vector for every matrix, ``[B, f, g]``, ``[B, g]`` -> ``[B, f]``."""
+    return torch.bmm(matrices, vectors[..., None])[..., 0]
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products, ``[..., f]`` -> ``[..., 1]``."""
+    return (left * right).sum(-1, keepdim=True)
+
+
+def usable(s: Tensor, y: Tensor) -> Tensor:
+    """Which pairs may update an inverse, ``[B]``."""
+    product = dot(s, y)[..., 0]
+    finite = s.isfinite().all(-1) & y.isfinite().all(-1) & (1 / product).isfinite()
+    return (product > 0) & finite
+
+
+def bfgs_(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """H <- H + (ρ² yᵀHy + ρ) s sᵀ - ρ (s (Hy)ᵀ + (Hy) sᵀ), ρ = 1 / sᵀy, in place where the pair can be used.
+
+    Returns:
+        Which are finite then, ``[B]``; others stay as they were.
+    """
+    good = usable(s, y)[:, None]
+    s, y = torch.where(good, s, 0.0), torch.where(good, y, 0.0)
+    rho = torch.where(good, 1 / torch.where(good, dot(s, y), 1.0), 0.0)
+    hy = times(inverse, y)
+    along = (rho**2 * dot(y, hy) + rho) * s - rho * hy  # H + along sᵀ - ρ s (Hy)ᵀ
+    new = inverse.baddbmm(along[..., None], s[:, None]).baddbmm_(s[..., None], (rho * hy)[:, None], alpha=-1)
+    sound = new.flatten(1).isfinite().all(1)
+    inverse.copy_(torch.where(sound[:, None, None], new, inverse))
+    return sound
+
+
+def compact(s: Tensor, y: Tensor, columns: Tensor) -> Tensor:
+    """(H - I) times columns, with H the BFGS inverse of pairs in order of age, from the identity (Byrd et al. 1994, Th. 2.2).
+
+    Args:
+        s: ``[B, W, f]``; rows that are zero are no pairs.
+        y: ``[B, W, f]``.
+        columns: ``[B, f, c]``.
+    """
+    products = s @ y.mT  # W W
+    diagonal = products.diagonal(dim1=1, dim2=2)
+    upper = products.triu() + torch.where(diagonal == 0, 1.0, 0.0).diag_embed()
+    first, second = s @ columns, y @ columns
+    inner = torch.linalg.solve_triangular(upper, first, upper=True)
+    middle = (y @ y.mT + diagonal.diag_embed()) @ inner - second
+    top = torch.linalg.solve_triangular(upper.mT, middle, upper=False)
+    return s.mT @ top - y.mT @ inner

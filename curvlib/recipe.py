@@ -66,7 +66,8 @@ class Moment:
         pooling: for ``"hessian"``, of convolutions: the mean of the estimate over each kernel (``"mean"``), or of its
             absolute values (``"absolute"``); ``None`` for neither.
         window: keep the last W batch gradients instead of the matrices of their second moment, and forget what is older
-            (see :class:`~curvlib.blocks.WindowBlock`); or the last W pairs of a quasi-Newton block.
+            (see :class:`~curvlib.blocks.WindowBlock`); or the last W pairs of a quasi-Newton block; or the W leading
+            directions of a :class:`~curvlib.blocks.LowRankBlock`.
     """
 
     of: Literal["gradient", "momentum", "samples", "signals", "hessian"] = "gradient"

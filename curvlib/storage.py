@@ -57,6 +57,15 @@ def state_specs(unit: Unit, recipe: Recipe) -> tuple[Block | None, dict[str, Spe
     return block, block.spec() if block else {}, like
 
 
+def state_bytes(unit: Unit, recipe: Recipe) -> int:
+    """The bytes of a unit's state, without making it."""
+    _, specs, like = state_specs(unit, recipe)
+    dtype = recipe.moment.dtype_for(unit.operand.lead.dtype)
+    entries = sum(math.prod(spec.shape) * (spec.dtype or dtype).itemsize for spec in specs.values())
+    own = math.prod(unit.layout.shape) * len(like) + len(scalars(recipe))
+    return entries + own * dtype.itemsize
+
+
 def scalars(recipe: Recipe) -> tuple[str, ...]:
     """Names of the numbers kept for every unit."""
     return () if recipe.rule.model is None else recipe.rule.model.scalars

@@ -8,6 +8,7 @@ from .base import Block, Means, Spec, State, Sums
 from .diagonal import DiagonalBlock
 from .eigen import EigenBlock
 from .eigenbasis import EigenbasisBlock, LikelihoodBlock, RunningEigenbasisBlock
+from .low_rank import LowRankBlock
 from .named import BLOCKED_KRONECKER, DIAGONAL, FULL_LAYER, KERNELS, KRONECKER, MODES, PER_INPUT, PER_OUTPUT
 from .quasi_newton import AdditiveQuasiNewtonBlock, QuasiNewtonBlock
 from .rank_one import RankOneBlock
@@ -31,6 +32,7 @@ __all__ = [
     "EigenbasisBlock",
     "InverseFreeBlock",
     "LikelihoodBlock",
+    "LowRankBlock",
     "Means",
     "QuasiNewtonBlock",
     "RankOneBlock",

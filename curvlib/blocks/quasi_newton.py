@@ -12,6 +12,7 @@ from ..checks import number
 from ..contraction import add_first, add_independent, independent_places
 from ..layout import Layout
 from ..moments import Weight
+from ..quasi_newton import bfgs_, compact, dot, times, usable
 from ..recipe import Recipe
 from ..roots import How, RootJob, chosen
 from ..signals import Signal
@@ -145,7 +146,7 @@ class QuasiNewtonBlock(StandardBlock):
         """Average the pair of this step in, damp it, and update H_g; then the Hessian's action on H_a."""
         out, given = self._output.name, self._input.name
         activations = [
-            _times(self.layout.block(weights)[0][:, 0], mean.flatten(0, 1))
+            times(self.layout.block(weights)[0][:, 0], mean.flatten(0, 1))
             for weights, mean in ((before, state[f"mean_{given}"]), (after, _stacked(means, f"mean_{given}")))
         ]
         slopes = [one.flatten(0, 1) for one in (state[f"mean_{out}"], _stacked(means, f"mean_{out}"))]
@@ -158,7 +159,7 @@ class QuasiNewtonBlock(StandardBlock):
         s, y = (torch.where(sound[:, None], one, 0.0) for one in self._damped(state, step, change, _shift(recipe)))
         finite = sound & s.isfinite().all(-1) & y.isfinite().all(-1)
         if self._memory is None:
-            finite &= _bfgs_(state[f"inverse_{out}"].flatten(0, 1), s, y)
+            finite &= bfgs_(state[f"inverse_{out}"].flatten(0, 1), s, y)
         else:
             self._remember(state, s, y)
         state[f"kept_{out}"].flatten().add_(wanted & ~finite)
@@ -167,7 +168,7 @@ class QuasiNewtonBlock(StandardBlock):
     def _remember(self, state: State, s: Tensor, y: Tensor) -> None:
         """Put a pair in the place of the oldest, if it can be used."""
         assert self._memory is not None
-        good, place = _usable(s, y), state["place"].flatten()
+        good, place = usable(s, y), state["place"].flatten()
         where = torch.nn.functional.one_hot(place, self._memory).bool() & good[:, None]
         for what, new in (("steps", s), ("changes", y)):
             pairs = state[f"{what}_{self._output.name}"].flatten(0, 1)
@@ -178,19 +179,19 @@ class QuasiNewtonBlock(StandardBlock):
         """The Hessian's action on the mean input: H_a <- BFGS(H_a; H_a ā, (A + √λI) H_a ā)."""
         name = self._input.name
         factor, inverse, mean = (state[f"{what}_{name}"].flatten(0, 1) for what in ("factor", "inverse", "mean"))
-        s = torch.where(wanted[:, None], _times(inverse, mean), 0.0)
-        finite = _bfgs_(inverse, s, _times(factor, s) * scale + _shift(recipe) * s)
+        s = torch.where(wanted[:, None], times(inverse, mean), 0.0)
+        finite = bfgs_(inverse, s, times(factor, s) * scale + _shift(recipe) * s)
         state[f"kept_{name}"].flatten().add_(~finite)
 
     def _damped(self, state: State, s: Tensor, y: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         """Double damping: sᵀy at least μ yᵀHy, and at least the bound times sᵀs."""
         hy = self._inverse_times(state, y[..., None])[..., 0]
-        sy, yhy = _dot(s, y), _dot(y, hy)
+        sy, yhy = dot(s, y), dot(y, hy)
         share = torch.where(sy < _POWELL * yhy, (1 - _POWELL) * yhy / _apart(yhy - sy), 1.0)
         s = share * s + (1 - share) * hy
         if self.additive:
             return s, y + bound * s
-        sy, ss = _dot(s, y), _dot(s, s)
+        sy, ss = dot(s, y), dot(s, s)
         share = torch.where(sy <= bound * ss, (1 - bound) * ss / _apart(ss - sy), 1.0)
         return s, share * y + (1 - share) * s
 
@@ -204,7 +205,7 @@ class QuasiNewtonBlock(StandardBlock):
         s, y = (
             state[f"{what}_{out}"].flatten(0, 1).take_along_dim(order[..., None], 1) for what in ("steps", "changes")
         )
-        return columns + _compact(s, y, columns)
+        return columns + compact(s, y, columns)
 
     def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
         """H_g G H_a; with exponent -1 the inverses of these.
@@ -253,14 +254,6 @@ def _stacked(means: Sequence[Means], name: str) -> Tensor:
     return torch.stack([value * factor for value, factor in (mean[name] for mean in means)])
 
 
-def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    return torch.bmm(matrices, vectors[..., None])[..., 0]
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return (left * right).sum(-1, keepdim=True)
-
-
 def _apart(difference: Tensor) -> Tensor:
     """A difference that may be divided by where it is used."""
     return torch.where(difference > 0, difference, 1.0)
@@ -268,45 +261,3 @@ def _apart(difference: Tensor) -> Tensor:
 
 def _identities(vectors: Tensor) -> Tensor:
     return torch.ones_like(vectors).diag_embed()
-
-
-def _usable(s: Tensor, y: Tensor) -> Tensor:
-    """Which pairs may update an inverse, ``[B]``."""
-    product = _dot(s, y)[..., 0]
-    finite = s.isfinite().all(-1) & y.isfinite().all(-1) & (1 / product).isfinite()
-    return (product > 0) & finite
-
-
-def _bfgs_(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """H <- H + (ρ² yᵀHy + ρ) s sᵀ - ρ (s (Hy)ᵀ + (Hy) sᵀ), ρ = 1 / sᵀy, in place where the pair can be used.
-
-    Returns:
-        Which are finite then, ``[B]``; others stay as they were.
-    """
-    good = _usable(s, y)[:, None]
-    s, y = torch.where(good, s, 0.0), torch.where(good, y, 0.0)
-    rho = torch.where(good, 1 / torch.where(good, _dot(s, y), 1.0), 0.0)
-    hy = _times(inverse, y)
-    along = (rho**2 * _dot(y, hy) + rho) * s - rho * hy  # H + along sᵀ - ρ s (Hy)ᵀ
-    new = inverse.baddbmm(along[..., None], s[:, None]).baddbmm_(s[..., None], (rho * hy)[:, None], alpha=-1)
-    sound = new.flatten(1).isfinite().all(1)
-    inverse.copy_(torch.where(sound[:, None, None], new, inverse))
-    return sound
-
-
-def _compact(s: Tensor, y: Tensor, columns: Tensor) -> Tensor:
-    """(H - I) times columns, with H the BFGS inverse of pairs in order of age, from the identity (Byrd et al. 1994, Th. 2.2).
-
-    Args:
-        s: ``[B, W, f]``; rows that are zero are no pairs.
-        y: ``[B, W, f]``.
-        columns: ``[B, f, c]``.
-    """
-    products = s @ y.mT  # W W
-    diagonal = products.diagonal(dim1=1, dim2=2)
-    upper = products.triu() + torch.where(diagonal == 0, 1.0, 0.0).diag_embed()
-    first, second = s @ columns, y @ columns
-    inner = torch.linalg.solve_triangular(upper, first, upper=True)
-    middle = (y @ y.mT + diagonal.diag_embed()) @ inner - second
-    top = torch.linalg.solve_triangular(upper.mT, middle, upper=False)
-    return s.mT @ top - y.mT @ inner

@@ -6,14 +6,17 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ..ears import TapWarning
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Moment, Momentum, Recipe, Rule
+from ..storage import state_bytes
+
+Build = Callable[[nn.Module], CurvatureOptimizer]
 
 _WIDTH = 64
 _HEADINGS = ("method", "partition", "moment", "root", "rule", "bytes / weight", "source")
@@ -24,12 +27,12 @@ class Method:
     """One method, with its defaults.
 
     Attributes:
-        name: of the class.
+        name: of the class, and settings where it has several forms.
         partition: of a linear layer's weight.
         moment: what fills it.
         root: the exponent, and how it is damped.
         rule: what becomes of the direction.
-        bytes: of state a weight, of a square linear layer with 64 outputs after one step, gradients not counted.
+        bytes: of state a weight, of a square linear layer with 64 outputs, gradients not counted.
         source: the paper.
     """
 
@@ -42,7 +45,7 @@ class Method:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Catalogue:
     """All methods, by name; its text is a table."""
 
@@ -57,6 +60,8 @@ class Catalogue:
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
+
+    __repr__ = __str__
 
     def markdown(self) -> str:
         """The table in Markdown."""
@@ -73,7 +78,15 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 def table() -> Catalogue:
     """Partition, moment, root, rule, state and source of every method of :mod:`curvlib.optimizers`."""
-    return Catalogue(tuple(_method(kind) for _, kind in sorted(methods().items())))
+    from .kbfgs import KBFGS
+    from .mbf import MBF
+
+    variants: dict[str, Build] = {
+        "KBFGS(memory=100)": partial(KBFGS, memory=100),
+        "MBF(window=32)": partial(MBF, linear_blocks="output", window=32),
+    }
+    builders = {kind.__name__: kind for kind in methods().values()} | variants
+    return Catalogue(tuple(_method(name, builders[name]) for name in sorted(builders, key=str.lower)))
 
 
 def methods() -> dict[str, type[CurvatureOptimizer]]:
@@ -85,36 +98,24 @@ def methods() -> dict[str, type[CurvatureOptimizer]]:
     return {kind.__name__.lower(): kind for kind in named}
 
 
-def _method(kind: type[CurvatureOptimizer]) -> Method:
+def _method(name: str, build: Build) -> Method:
     state = torch.get_rng_state()
     layer = nn.Linear(_WIDTH, _WIDTH, bias=False)
     torch.set_rng_state(state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TapWarning)
-        build: Callable[[nn.Module], CurvatureOptimizer] = kind
         optimizer = build(layer)
-        inputs, targets = torch.ones(2, _WIDTH), torch.zeros(2, _WIDTH)
-
-        def closure() -> Tensor:
-            outputs = layer(inputs)
-            loss = F.mse_loss(outputs, targets)
-            optimizer.observe(outputs, "gaussian", loss=loss)
-            loss.backward(retain_graph=optimizer.needs_graph)
-            return loss.detach()
-
-        optimizer.step(closure)
-    ((_, recipe),) = optimizer._recipes().items()
-    size = sum(size for role, size in optimizer.memory().items() if role != "workspace")
+    ((unit, recipe),) = optimizer._recipes().items()
     optimizer.detach()
     curved = recipe.root.exponent != 0
     return Method(
-        kind.__name__,
+        name,
         str(recipe.partition) if curved else "–",
         _moment(recipe.moment) if curved else "–",
         _root(recipe) if curved else "–",
         _rule(recipe.rule),
-        _bytes(size / _WIDTH**2),
-        _source(kind),
+        _bytes(state_bytes(unit, recipe) / _WIDTH**2),
+        _source(type(optimizer)),
     )
 
 

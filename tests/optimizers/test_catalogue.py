@@ -22,7 +22,8 @@ def test_every_method_is_there_with_its_source():
         if isinstance(getattr(curvlib.optimizers, name), type)
         and issubclass(getattr(curvlib.optimizers, name), curvlib.CurvatureOptimizer)
     }
-    assert set(methods) == classes
+    assert {name for name in methods if "(" not in name} == classes
+    assert {"KBFGS(memory=100)", "MBF(window=32)"} <= set(methods)
     assert all(any(digit.isdigit() for digit in method.source) for method in methods.values() if method.name != "SGD")
     adam = methods["Adam"]
     assert (adam.partition, adam.moment, adam.root, adam.bytes) == ("... |", "EMA of gradient", "-0.5", "8")
