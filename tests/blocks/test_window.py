@@ -113,6 +113,33 @@ def test_windowed_mbf():
         torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("window", [4, 60])
+def test_windowed_mbf_in_plain_lines(window):
+    """A dense matrix for every neuron, of the last gradients alone, over 50 steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4).double()
+    lr, beta, mu, damping = 0.01, 0.8, 0.7, 0.3
+    options = {"beta": beta, "momentum": mu, "damping": damping, "relative_damping": False, "grafting": None}
+    optimizer = curvlib.MBF(model, lr, linear_blocks="output", window=window, debias=False, **options)
+    weights = torch.cat([model.weight.detach(), model.bias.detach()[:, None]], 1)
+    seen, m = [], torch.zeros_like(weights)
+    for t in range(50):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(8, 5, dtype=F64)), torch.randint(0, 4, (8,))).backward()
+        g = torch.cat([model.weight.grad, model.bias.grad[:, None]], 1)
+        optimizer.step()
+        seen = [*seen, g][-window:]
+        m = mu * m + (1 - mu) * g
+        for neuron in range(4):
+            f = sum(
+                (1 - beta) * beta**age * torch.outer(one[neuron], one[neuron]) for age, one in enumerate(seen[::-1])
+            )
+            step = torch.linalg.solve(f + damping * torch.eye(6, dtype=F64), m[neuron] / (1 - mu ** (t + 1)))
+            weights[neuron] -= lr * step
+        found = torch.cat([model.weight.detach(), model.bias.detach()[:, None]], 1)
+        torch.testing.assert_close(found, weights, rtol=1e-9, atol=1e-11)
+
+
 def test_bytes():
     """784 -> 1000: 0.1 GB, where the matrices and their inverses take 4.9."""
     for window, statistics, roots in (

@@ -189,7 +189,7 @@ def test_ekfac(scaling):
     )
     layers = layers_of(model)
     states = [None] * len(layers)
-    for t in range(30):
+    for t in range(50):
         x, y = batch(t)
         seen = recorded(model, x, y)
         before = [joined(layer) for layer in layers]
@@ -282,17 +282,31 @@ def test_signs_and_order_of_a_basis_change_nothing():
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-11, atol=1e-13)
 
 
+def _dense():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def _convolutional():
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3))
+
+
 @pytest.mark.parametrize(
-    ("kind", "basis"),
-    [(curvlib.SOAP, "qr"), (curvlib.SOAP, "eigh"), (curvlib.KLShampoo, "qr"), (curvlib.EKFAC, "eigh")],
+    ("kind", "network", "options"),
+    [
+        (curvlib.SOAP, _dense, {"basis": "qr"}),
+        (curvlib.SOAP, _dense, {"basis": "eigh"}),
+        (curvlib.SOAP, _convolutional, {"basis": "qr"}),
+        (curvlib.KLShampoo, _dense, {"basis": "qr"}),
+        (curvlib.EKFAC, _dense, {"damping": 1e-2}),
+        (curvlib.EKFAC, _convolutional, {"damping": 1e-1, "scaling": "gradient"}),
+    ],
 )
-def test_stable_with_a_refresh_every_step_for_3000_steps(kind, basis):
+def test_stable_with_a_refresh_every_step_for_3000_steps(kind, network, options):
     """Where eigenvalues are sorted anew without their second moment, this diverges within a few tens of steps."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    model = network()
     x = torch.randn(64, 4)
     y = torch.sin(x @ torch.randn(4, 3))
-    options = {"basis": basis} if kind is not curvlib.EKFAC else {"damping": 1e-2}
     optimizer = kind(model, 3e-3, refresh_every=1, **options)
     losses = []
     for t in range(3000):
@@ -303,9 +317,9 @@ def test_stable_with_a_refresh_every_step_for_3000_steps(kind, basis):
         optimizer.step()
         losses.append(loss.item())
     assert all(map(math.isfinite, losses))
-    # never much worse than at the start, and in the end far better
+    # never much worse than at the start, and in the end far better, as far as the network can be
     assert max(losses) < 3 * max(losses[:10])
-    assert sum(losses[-100:]) < 0.3 * sum(losses[:10]) * 10
+    assert sum(losses[-100:]) < (0.3 if network is _dense else 0.8) * sum(losses[:10]) * 10
 
 
 def test_qr_follows_eigh():

@@ -132,6 +132,29 @@ def test_the_polar_express_arrives(rows, columns, count, seed):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("iterations", [3, 5, 8, 11])
+def test_the_polar_express_in_plain_lines(iterations):
+    """The paper's odd polynomials of singular values, from the norm 1.01 down, each with the interval shrunk by 1.01."""
+    published = [
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    ]
+    matrix = torch.randn(7, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / (1.01 * matrix.norm())
+    for t in range(iterations):
+        a, b, c = published[t] if t < 7 else (1.875, -1.25, 0.375)
+        x = s / 1.01 if t < 7 else s
+        s = a * x + b * x**3 + c * x**5
+    (found,) = Orthogonal(iterations, "polar-express", scale=None, dtype=None)([matrix], [], [])
+    torch.testing.assert_close(found, (u * s) @ vh, rtol=1e-6, atol=1e-6)
+
+
 def test_the_quintic_keeps_singular_values_near_one():
     matrix = torch.randn(40, 30, dtype=F64, generator=torch.Generator().manual_seed(0))
     (found,) = Orthogonal(5, scale=None, dtype=None)([matrix], [], [])

@@ -18,9 +18,9 @@ def power(matrix, exponent):
     return (vectors * values.clamp_min(0) ** exponent) @ vectors.T
 
 
-def series(shape, count=STEPS):
+def series(shape):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, dtype=F64, generator=generator) for _ in range(count)]
+    return [torch.randn(shape, dtype=F64, generator=generator) for _ in range(STEPS)]
 
 
 def stepped(make, shape, gradients):
@@ -66,7 +66,7 @@ def test_the_sides_of_a_convolution():
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3)])
 def test_full_adagrad(shape):
-    gradients = series(shape, 20)
+    gradients = series(shape)
     found = stepped(lambda p: curvlib.FullAdagrad(p, 0.1, damping=1e-2), shape, gradients)
     numel = gradients[0].numel()
     weight, total = torch.zeros(numel, dtype=F64), torch.zeros(numel, numel, dtype=F64)
@@ -84,7 +84,7 @@ def test_foof(momentum):
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = curvlib.FOOF(model, 0.1, damping=0.5, beta=0.7, momentum=momentum, refresh_every=1)
     factors, buffers = [0.0, 0.0], [0.0] * 5
-    for t in range(1, 11):
+    for t in range(1, STEPS + 1):
         x, y = torch.randn(20, 4, dtype=F64), torch.randint(0, 3, (20,))
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
@@ -100,6 +100,28 @@ def test_foof(momentum):
         optimizer.step()
         for found, wanted in zip(model.parameters(), weights, strict=True):
             torch.testing.assert_close(found.detach(), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_foof_of_a_convolution():
+    """Patches and their ones, a mean over examples and positions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2, padding=1), nn.Flatten()).double()
+    optimizer = curvlib.FOOF(model, 0.1, damping=0.5, beta=0.7, momentum=0.0, refresh_every=1)
+    factor = torch.zeros(9, 9, dtype=F64)
+    for t in range(1, STEPS + 1):
+        x = torch.randn(6, 2, 3, 3, dtype=F64)
+        optimizer.zero_grad()
+        (model(x) ** 2).sum(1).mean().backward()
+        patches = nn.functional.unfold(x, 2, padding=1).mT.flatten(0, 1)
+        a = torch.cat([patches, torch.ones(len(patches), 1, dtype=F64)], 1)
+        factor = 0.7 * factor + 0.3 * a.T @ a / len(a)
+        inverse = torch.linalg.inv(factor / (1 - 0.7**t) + 0.5 * torch.eye(9, dtype=F64))
+        weight, bias = model[0].weight, model[0].bias
+        g = torch.cat([weight.grad.flatten(1), bias.grad[:, None]], 1)
+        wanted = torch.cat([weight.detach().flatten(1), bias.detach()[:, None]], 1) - 0.1 * g @ inverse
+        optimizer.step()
+        found = torch.cat([weight.detach().flatten(1), bias.detach()[:, None]], 1)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("make", [curvlib.FOOF, curvlib.OneSidedShampoo, curvlib.FullAdagrad])
