@@ -70,14 +70,16 @@ def check_finite(named: Sequence[Named], mode: str, masked: dict[str, Tensor]) -
             if bad:
                 raise NonFiniteGradient(bad)
         return None
-    flags = []
+    flags: dict[str, Tensor] = {}
     squared = [one for one in named if one[2] is not None]
     others = [one for one in named if one[2] is None]
     for some, finite in ((squared, _fits(squared)), (others, _finite([one for _, one, _ in others], torch.inf))):
         for (name, _, _), good in zip(some, finite, strict=True):
-            masked[name] = masked.get(name, 0) + ~good
-            flags.append(good)
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+            flags[name] = flags[name] & good.to(flags[name].device) if name in flags else good
+    for name, good in flags.items():
+        masked[name] = masked.get(name, 0) + ~good
+    found = list(flags.values())
+    return torch.stack([flag.to(found[0].device) for flag in found]).all()
 
 
 class Proof:

@@ -355,6 +355,16 @@ class Listening(Ranks):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
 
+def gated(heard: Mapping[Unit, Means], gate: Tensor) -> dict[Unit, Means]:
+    """What was heard, zero where the gate is shut: what is not finite must not even be multiplied by zero."""
+    return {
+        unit: {
+            name: (torch.where(gate.to(value.device), value, 0.0), factor) for name, (value, factor) in means.items()
+        }
+        for unit, means in heard.items()
+    }
+
+
 def evidence(value: Tensor) -> Tensor:
     """What is not finite where a sum of second moments is not: of matrices their diagonals."""
     return value.diagonal(dim1=-2, dim2=-1) if value.ndim > 1 and value.shape[-1] == value.shape[-2] else value

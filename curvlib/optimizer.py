@@ -17,7 +17,7 @@ from .distributed import Exchange
 from .health import Named, Proof, check_finite
 from .inspection import Inspection
 from .layers import Reading, Slot, survey
-from .listening import Listening, evidence
+from .listening import Listening, evidence, gated
 from .passes import Passes
 from .phases import phase
 from .precision import full_precision
@@ -75,7 +75,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         seed: of the labels that :meth:`observe` draws; with the number of the step it decides them, also after a resume.
         on_nonfinite: ``"auto"``: a non-finite gradient raises :class:`NonFiniteGradient` before anything changes on a
             CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere; ``"off"`` does not look, as
-            torch's own optimizers, which saves a pass over the gradients.
+            torch's own optimizers, which saves a pass over the gradients. A masked step changes nothing; on an accelerator,
+            where nobody waits to hear of it, schedules and debiasing count it.
     """
 
     _storage: Storage
@@ -274,6 +275,13 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         gate = self._check_gradients(lineup, settings, heard, given)
         if overflow is not None and overflow.device.type != "cpu":
             gate = overflow == 0 if gate is None else gate & (overflow == 0)
+        if gate is not None and _known(gate):
+            if not bool(gate):
+                self._taps.settle()
+                self._passes.clear()
+                return loss
+            gate = None
+        heard = heard if gate is None else gated(heard, gate)
         follows = self._follows(active, closure)
         recipes = self._bind(lineup)
         with full_precision():
@@ -455,6 +463,11 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         self._lineup = None
         self._bound = None
         self._proof = None
+
+
+def _known(gate: Tensor) -> bool:
+    """Whether it costs no waiting to look at a gate; elsewhere a masked step still counts in schedules and debiasing."""
+    return gate.device.type == "cpu"
 
 
 def _is_schedule(value: Any) -> bool:

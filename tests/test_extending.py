@@ -85,7 +85,8 @@ def test_a_copy_or_a_pickle_goes_on(name, copied):
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"block of samples"}))
 def test_a_masked_step_changes_nothing_but_for_rounding(name, monkeypatch):
-    # A masked step is counted, and debiasing goes by the count.
+    # On an accelerator a masked step is counted, and debiasing goes by the count.
+    monkeypatch.setattr(curvlib.optimizer, "_known", lambda gate: False)
     monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], moment=replace(RECIPES[name].moment, debias=False)))
     model, optimizer = trained(name, 3)
     optimizer.on_nonfinite = "mask"

@@ -27,9 +27,11 @@ def network():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double()
 
 
-def closure_of(optimizer, model, t=0, sign=1.0):
+def closure_of(optimizer, model, t=0, sign=1.0, spoilt=False):
     generator = torch.Generator().manual_seed(t)
     x, y = torch.randn(8, 4, dtype=torch.float64, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+    if spoilt:
+        x[2, 1] = torch.nan
 
     def closure():
         optimizer.zero_grad()
@@ -71,6 +73,30 @@ def test_to_maximize_is_to_minimize_the_opposite(kind):
         found.append([parameter.detach() for parameter in model.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@every_kind
+def test_a_batch_that_is_not_finite_is_masked(kind, known, monkeypatch):
+    """What layers hear is not finite, either; on an accelerator nobody knows before the step is over."""
+    monkeypatch.setattr(curvlib.optimizer, "_known", lambda gate: known)
+    model = network()
+    optimizer = kind(model)
+    optimizer.on_nonfinite = "mask"
+    for t in range(5):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.step(closure_of(optimizer, model, t, spoilt=t in (0, 2)))
+        moved = any(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+        assert moved == (t not in (0, 2)), t
+        for record in optimizer.state.values():
+            # a root that could not be solved is told by its residual
+            assert all(torch.isfinite(value).all() for name, value in record.items() if "residual" not in name), t
+    if known:
+        twin = network()
+        other = kind(twin)
+        for t in (1, 3, 4):
+            other.step(closure_of(other, twin, t))
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 @every_kind
