@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import rules
 from .blocks import Means
+from .interrupts import unbroken
 from .moments import Weight
 from .precision import flush_subnormals_
 from .recipe import Recipe
@@ -168,8 +169,8 @@ class Cohort:
             if not isinstance(value, list):
                 value.index_copy_(0, index, self.state[name])
             elif self.bucket.packed:
-                for whole, part in zip(value, self.state[name], strict=True):
-                    whole.index_copy_(0, index, part)
+                for packed, part in zip(value, self.state[name], strict=True):
+                    packed.index_copy_(0, index, part)
 
     def count(self, step: int) -> None:
         """Keep the counters of the next step."""
@@ -198,12 +199,13 @@ class Cohort:
         """Average a second moment in: of gradients, or of what was heard."""
         block = self.bucket.block
         assert block is not None
-        if not self.recipe.moment.listens:
-            block.update(self.state, source[0] if self.bucket.packed else source, keep, gain)
-        elif self.heard is not None:
-            block.average(self.state, self.heard, keep, gain)
-        else:
+        if self.recipe.moment.listens and self.heard is None:
             return
+        with unbroken:
+            if self.heard is None or not self.recipe.moment.listens:
+                block.update(self.state, source[0] if self.bucket.packed else source, keep, gain)
+            else:
+                block.average(self.state, self.heard, keep, gain)
         self.updates += 1
         self.averaged = (source, keep, gain)
 
@@ -213,7 +215,8 @@ class Cohort:
             return
         block, (source, keep, gain) = self.bucket.block, self.averaged
         assert block is not None
-        block.correct(self.state, source[0] if self.bucket.packed else source, self.recipe, keep, gain, self.scale)
+        with unbroken:
+            block.correct(self.state, source[0] if self.bucket.packed else source, self.recipe, keep, gain, self.scale)
 
     def remember(self) -> None:
         """Keep the parameters of before the step, for a block that follows it."""
@@ -228,7 +231,8 @@ class Cohort:
         assert block is not None
         means, after = [heard[unit] for unit in self.units], self._parameters()
         weights = gated(keep, 1.0, gate), gated(gain, 0.0, gate)
-        block.follow(self.state, self.before, after, means, self.recipe, *weights, self.scale)
+        with unbroken:
+            block.follow(self.state, self.before, after, means, self.recipe, *weights, self.scale)
 
     def _parameters(self) -> Tensor:
         """The parameters as a packed batch, ``[n, *layout.shape]``."""

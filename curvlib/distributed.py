@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import roots
+from .interrupts import unbroken
 from .roots import RootJob
 
 
@@ -90,8 +91,9 @@ class Exchange:
             gathered = torch.empty(self.size * longest, dtype=dtype, device=device)
             dist.all_gather_into_tensor(gathered, packed, group=self.group)
             self._count("roots", packed)
-            for share, flat in zip(mine, gathered.split(longest), strict=True):
-                _unpack(share, flat, old)
+            with unbroken:
+                for share, flat in zip(mine, gathered.split(longest), strict=True):
+                    _unpack(share, flat, old)
 
 
 def shared_out(jobs: Sequence[RootJob], ranks: int) -> list[list[RootJob]]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import planes
+from .interrupts import unbroken
 from .inverses import inverse
 from .precision import copy_flushed_
 
@@ -235,18 +236,24 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
     first = 0
     for job in jobs:
         mine = slice(first, first := first + job.factor.shape[0])
-        solved, keep = root[mine].to(job.root.dtype), ~good[mine]
-        if job.root.device.type != "cpu" or keep.any():
-            old = job.root if job.values is None else torch.cat([job.root, job.values[:, None]], 1)
-            solved = torch.where(keep[:, None, None], old, solved)
-        if job.values is not None:
-            job.values.copy_(solved[:, -1])
-            solved = solved[:, :-1]
-        if job.moved is not None:
-            job.moved(job.first, job.root, solved)
-        copy_flushed_(job.root, solved)
-        job.residual.copy_(residual[mine])
-        job.kept.add_(keep)
+        with unbroken:
+            _put(job, root[mine], residual[mine], good[mine])
+
+
+def _put(job: RootJob, root: Tensor, residual: Tensor, good: Tensor) -> None:
+    """Put the roots that are good in, and what lives in a basis with them."""
+    solved, keep = root.to(job.root.dtype), ~good
+    if job.root.device.type != "cpu" or keep.any():
+        old = job.root if job.values is None else torch.cat([job.root, job.values[:, None]], 1)
+        solved = torch.where(keep[:, None, None], old, solved)
+    if job.values is not None:
+        job.values.copy_(solved[:, -1])
+        solved = solved[:, :-1]
+    if job.moved is not None:
+        job.moved(job.first, job.root, solved)
+    copy_flushed_(job.root, solved)
+    job.residual.copy_(residual)
+    job.kept.add_(keep)
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
