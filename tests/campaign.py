@@ -208,7 +208,7 @@ def _not_finite(value: float):
 def unknowing(case: Case):
     """As on an accelerator: a masked step is not known to be one."""
     known = case.random.random() < 0.5
-    with mock.patch.object(curvlib.optimizer, "_known", lambda gate: known):
+    with mock.patch.object(curvlib.optimizer, "_known", return_value=known):
         yield known
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import curvlib
 from curvlib import CurvatureOptimizer, Damping, Moment, Momentum, Recipe, Root, Rule, Schedule
 from curvlib.storage import structural
 from tests.listening import F64

@@ -84,11 +84,16 @@ def _still(optimizer):
 
 def test_what_is_held_comes_at_the_end():
     done = []
-    with pytest.raises(KeyboardInterrupt), unbroken:
-        signal.raise_signal(signal.SIGINT)
+
+    def work():
         with unbroken:
-            done.append("inner")
-        done.append("outer")
+            signal.raise_signal(signal.SIGINT)
+            with unbroken:
+                done.append("inner")
+            done.append("outer")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert done == ["inner", "outer"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with unbroken:
