@@ -20,7 +20,7 @@ from .storage import Storage
 from .taps import Taps
 from .units import Unit
 
-_HIDDEN = ("params", "param_names", "steps", *Flags.__annotations__)
+_HIDDEN = ("params", "param_names", "steps", "seed", "recipe", "shapes", *Flags.__annotations__)
 """What a group has and ``repr`` does not show."""
 
 

@@ -22,8 +22,8 @@ from .passes import Passes
 from .phases import phase
 from .precision import full_precision
 from .recipe import Recipe
-from .routing import Route, Table, as_table
-from .saving import Saving
+from .routing import Route, Table, as_table, meaning
+from .saving import Saving, shapes_of
 from .storage import Storage, structural
 from .taps import Taps
 from .units import Lineup, Unit, build_units
@@ -72,7 +72,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         loss_scale: what else the loss was multiplied by before backward, a number or a function of nothing that tells it:
             ``scaler.get_scale`` where a GradScaler's ``unscale_`` is called before the step, or a trainer clips gradients.
             Gradients do not have it any more, signals do. A GradScaler without ``unscale_`` tells it by itself.
-        seed: of the labels that :meth:`observe` draws; with the number of the step it decides them, also after a resume.
+        seed: of the labels and signs that :meth:`observe` draws; with the number of the step it decides them, also after a
+            resume.
         on_nonfinite: ``"auto"``: a non-finite gradient raises :class:`NonFiniteGradient` before anything changes on a
             CPU, and masks the step on an accelerator; ``"raise"`` or ``"mask"`` everywhere; ``"off"`` does not look, as
             torch's own optimizers, which saves a pass over the gradients. A masked step changes nothing; on an accelerator,
@@ -121,7 +122,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         self._shards = None
         self.batch_size: int | None = None
         self.loss_scale: float | Callable[[], float] = 1.0
-        self.seed = 0
+        self._seed = 0
         self.on_nonfinite: Literal["auto", "raise", "mask", "off"] = "auto"
         self._forget()
         universal = dict(lr=lr, weight_decay=weight_decay, maximize=maximize, reduction=reduction)
@@ -140,7 +141,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         group = self.param_groups[-1]
         schedules = {name: value for name, value in group.items() if name != "params" and _is_schedule(value)}
         group.update({name: schedule(self._steps) for name, schedule in schedules.items()})
-        group["steps"] = self._steps
+        group["steps"], group["seed"], group["shapes"] = self._steps, self._seed, shapes_of(group["params"])
         self._schedules.append(schedules)
         self._units = None
         try:
@@ -153,17 +154,31 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             self._units = None
             raise
 
+    @property
+    def seed(self) -> int:
+        """Of the labels and signs that are drawn; checkpoints have it."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed = seed
+        for group in self.param_groups:
+            group["seed"] = seed
+
+    def _written(self, groups: Iterable[Mapping[str, Any]]) -> list[Table]:
+        """The routing tables of some groups' settings, with callables of the step as they are."""
+        settings = [{name: group[name] for name in self._settings} for group in groups]
+        written = [as_table(self._recipe(**one)) if callable(self._recipe) else self._recipe for one in settings]
+        for change in self._amendments:
+            written = [change(table) for table in written]
+        return written
+
     def _tables(self) -> list[Table]:
         """Each group's routing table with this step's numbers; equal tables are one object."""
         key = [tuple(group[name] for name in self._settings) for group in self.param_groups]
         if self._cache is not None and self._cache.key == key and self._cache.step in (None, self._steps):
             return self._cache.tables
-        if callable(self._recipe):
-            written = [as_table(self._recipe(**dict(zip(self._settings, values, strict=True)))) for values in key]
-        else:
-            written = [self._recipe] * len(key)
-        for change in self._amendments:
-            written = [change(table) for table in written]
+        written = self._written(self.param_groups)
         tables = [tuple(resolve(route, self._steps) for route in table) for table in written]
         equal: dict[Recipe, Recipe] = {}
         tables = [
@@ -173,6 +188,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         form = [tuple(structural(route.recipe) for route in table) for table in tables]
         if self._cache is not None and form != self._cache.form:
             self._units = None
+        for group, table in zip(self.param_groups, tables, strict=True):
+            group["recipe"] = meaning(table)
         self._cache = _Tables(key, tables, form, None if tables == written else self._steps)
         return tables
 

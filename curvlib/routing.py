@@ -118,6 +118,23 @@ def as_table(recipe: Recipe | Route | Sequence[Route]) -> Table:
     return routes
 
 
+def meaning(table: Table) -> str:
+    """What the state of a table's parameters means, in words that a checkpoint can hold."""
+    return "; ".join(f"{route}: {_meaning(route.recipe)}" for route in table)
+
+
+def _meaning(recipe: Recipe) -> str:
+    moment, root, momentum = recipe.moment, recipe.root, recipe.rule.momentum
+    parts = []
+    if root.exponent:
+        first = " of first order" if moment.order == 1 else ""
+        block = "" if recipe.block is None else f", {recipe.block.__name__}"
+        parts.append(f"{recipe.partition} {moment.average} of {moment.of}{first} ^-{root.exponent}{block}")
+    if momentum is not None:
+        parts.append(f"{momentum.kind} momentum{' of directions' if momentum.after else ''}")
+    return ", ".join(parts) or "no state"
+
+
 def choose(table: Table, slot: Slot) -> int:
     """The number of the first route that takes a parameter.
 

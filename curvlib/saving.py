@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .checks import check_group, resolve
 from .distributed import Exchange
 from .layers import Reading, Slot
 from .passes import Passes
-from .recipe import Recipe
+from .routing import Table, meaning
 from .storage import COUNTERS, check_record
 from .taps import Taps
-from .units import Unit
+from .units import Unit, build_units
 
 if TYPE_CHECKING:
     from .sharding import Shards
 
-_OWN = ("_recipe", "_settings", "_amendments", "_schedules", "_steps", "_slots", "_masked", "_told")
+_OWN = ("_recipe", "_settings", "_amendments", "_schedules", "_steps", "_seed", "_slots", "_masked", "_told")
+
+
+def shapes_of(parameters: Iterable[Tensor]) -> str:
+    """Shapes in a word that a checkpoint can hold: "4×6, 3"."""
+    return ", ".join("×".join(map(str, one.shape)) or "1" for one in parameters)
 
 
 class Saving(torch.optim.Optimizer):
@@ -34,7 +40,10 @@ class Saving(torch.optim.Optimizer):
     _exchange: Exchange | None
     _shards: Shards | None
 
-    def _recipes(self) -> dict[Unit, Recipe]:
+    def _tables(self) -> list[Table]:
+        raise NotImplementedError
+
+    def _written(self, groups: Iterable[Mapping[str, Any]]) -> list[Table]:
         raise NotImplementedError
 
     def _all_units(self) -> list[Unit]:
@@ -73,6 +82,7 @@ class Saving(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds: plain tensors and numbers. Of shards DTensors, made by all ranks together."""
+        self._tables()  # what settings mean may have changed since the last step
         packed = super().state_dict()
         if self._shards is not None:
             numbers = self._numbers([number for group in packed["param_groups"] for number in group["params"]])
@@ -85,13 +95,39 @@ class Saving(torch.optim.Optimizer):
         return dict(zip(mine, numbers, strict=True))
 
     def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
-        mine = [parameter for group in self.param_groups for parameter in group["params"]]
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        # Another number of parameters is refused by torch itself, in its own words.
-        records = {one: state_dict["state"].get(number, {}) for one, number in zip(mine, saved, strict=False)}
-        for unit, recipe in self._recipes().items():
-            whole = unit if self._shards is None else self._shards.original(unit)
-            check_record(whole, recipe, [records.get(one, {}) for one in unit.parameters], "this checkpoint")
+        """Refuse what does not fit the settings that it brings along."""
+        loaded = state_dict["param_groups"]
+        if [len(group["params"]) for group in loaded] != [len(group["params"]) for group in self.param_groups]:
+            return  # torch refuses that itself, in its own words
+        groups = [
+            {**own, **{name: value for name, value in saved.items() if name not in ("params", "param_names")}}
+            for own, saved in zip(self.param_groups, loaded, strict=True)
+        ]
+        for group in groups:
+            check_group(group)
+        steps = max((int(group.get("steps", 0)) for group in loaded), default=0)
+        tables = [tuple(resolve(route, steps) for route in table) for table in self._written(groups)]
+        for number, (own, saved, table) in enumerate(zip(self.param_groups, loaded, tables, strict=True)):
+            names = own.get("param_names") or [f"parameter {at} of group {number}" for at in range(len(own["params"]))]
+            shapes = shapes_of(own["params"])
+            pairs = zip(names, shapes.split(", "), saved.get("shapes", shapes).split(", "), strict=False)
+            if wrong := [
+                f"{name} should have shape {mine}, there is {one}" for name, mine, one in pairs if mine != one
+            ]:
+                raise ValueError(
+                    f"this checkpoint belongs to another recipe or model: {'; '.join(wrong[:8])}; nothing was changed"
+                )
+            if saved.get("recipe", meaning(table)) != meaning(table):
+                raise ValueError(
+                    f"this checkpoint belongs to another recipe: group {number} was saved by [{saved['recipe']}], "
+                    f"here it is [{meaning(table)}]; nothing was changed"
+                )
+        numbers = self._numbers([number for group in loaded for number in group["params"]])
+        for unit in build_units(groups, self._slots, tables):
+            recipe = tables[unit.groups[0]][unit.route].recipe
+            recipe = recipe.on_gradients if unit.silent else recipe
+            records = [state_dict["state"].get(numbers[one], {}) for one in unit.parameters]
+            check_record(unit, recipe, records, "this checkpoint")
 
     def _restore(self, state_dict: Mapping[str, Any]) -> None:
         """Undo torch's cast of statistics to the parameters' dtype, fill in newer settings, and bind anew."""
@@ -105,6 +141,7 @@ class Saving(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._steps = max((group.setdefault("steps", 0) for group in self.param_groups), default=0)
+        self._seed = max((group.setdefault("seed", 0) for group in self.param_groups), default=0)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def _shaped(window: Tensor, parameter: Tensor) -> Tensor:
 
 
 def check_record(unit: Unit, recipe: Recipe, records: Iterable[Mapping[str, Any]], source: str) -> None:
-    """Refuse records that do not fit a unit; empty ones do.
+    """Refuse records that do not fit a unit; empty ones do, and those without momentum.
 
     Args:
         unit: whose records they are.
@@ -171,23 +171,29 @@ def check_record(unit: Unit, recipe: Recipe, records: Iterable[Mapping[str, Any]
         ValueError: naming the parameter, what it should have and what there is.
     """
     _, specs, like = state_specs(unit, recipe)
-    for slot, parameter, record in zip(unit.slots, unit.operand.parameters, records, strict=True):
+    windows = unit.operand.windows(torch.empty(unit.layout.shape, device="meta"))
+    triples = zip(unit.slots, unit.parameters, windows, records, strict=True)
+    for slot, parameter, window, record in triples:
         if not record:
             continue
-        sizes = dict.fromkeys(like, parameter.numel())
-        if parameter is unit.operand.lead:
-            sizes.update({name: math.prod(spec.shape) for name, spec in specs.items()})
-            sizes.update(dict.fromkeys(scalars(recipe), 1))
-        found = {name: torch.as_tensor(record[name]).numel() for name in record if name not in COUNTERS}
-        if found != sizes:
+        shapes: dict[str, tuple[tuple[int, ...], ...]]
+        shapes = dict.fromkeys(like, (tuple(parameter.shape), tuple(window.shape)))
+        if parameter is unit.lead:
+            shapes.update({name: (spec.shape,) for name, spec in specs.items()})
+            shapes.update(dict.fromkeys(scalars(recipe), ((),)))
+        found = {name: tuple(torch.as_tensor(record[name]).shape) for name in record if name not in COUNTERS}
+        # A schedule may turn momentum on, which starts with the next step, or off.
+        agree = found.keys() - {"momentum"} == shapes.keys() - {"momentum"}
+        if not agree or any(found[name] not in shapes[name] for name in found.keys() & shapes.keys()):
+            wanted = {name: allowed[0] for name, allowed in shapes.items()}
             raise ValueError(
-                f"{source} belongs to another recipe or model: {slot.name} should have {_listed(sizes)}, "
-                f"there is {_listed(found)} (name: entries)"
+                f"{source} belongs to another recipe or model: {slot.name} should have {_listed(wanted)}, "
+                f"there is {_listed(found)}; nothing was changed"
             )
 
 
-def _listed(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name}: {size}" for name, size in sorted(sizes.items())) or "no state"
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items())) or "no state"
 
 
 @dataclass

@@ -28,10 +28,12 @@ def odd():
 
 
 NETWORKS = {"perceptron": perceptron, "convolutional": convolutional, "odd": odd}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULERS = {
     "none": lambda optimizer: None,
     "exponential": lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
+    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "plateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=1),
     "milestones": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [2, 5], 0.5),
     "restarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3),
     "sequence": lambda optimizer: lr_scheduler.SequentialLR(
@@ -85,7 +87,8 @@ class Run:
             if self.scheduler is not None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a schedule's remark on a step that overflowed
-                    self.scheduler.step()
+                    plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
+                    self.scheduler.step(*([1.0] if plateau else []))
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint has."""

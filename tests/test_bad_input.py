@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -236,28 +237,82 @@ def test_odd_shapes_and_rank_deficient_curvature_train(name):
     assert all((parameter < 1).all() for parameter in parameters)
 
 
+def _trained(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
 @pytest.mark.parametrize(
     ("writer", "reader"),
     [
         (torch.optim.Adam, curvlib.Adam),
         (curvlib.Adam, curvlib.Shampoo),
         (curvlib.Shampoo, curvlib.MBF),
-        (lambda parameters: curvlib.Shampoo(parameters, block_size=2), curvlib.Shampoo),
+        (curvlib.Adam, curvlib.MomentumAdam),
+        (curvlib.AdaHessian, curvlib.Adam),
+        (curvlib.Adagrad, curvlib.RMSprop),
+        (curvlib.Lion, lambda parameters: curvlib.SGD(parameters, momentum=0.9)),
     ],
 )
 def test_a_checkpoint_of_another_recipe_is_refused_and_harms_nothing(writer, reader):
+    """Also where the state has the same names and shapes, and another meaning."""
     model = nn.Linear(4, 3)
-    other, optimizer = writer(list(model.parameters())), reader(list(model.parameters()))
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    other.step()
-    optimizer.step()
+    other, optimizer = writer(list(model.parameters())), _trained(model, reader(list(model.parameters())))
+    if not isinstance(other, curvlib.AdaHessian):
+        _trained(model, other)
     before = snapshot(model, optimizer)
-    with pytest.raises(
-        ValueError, match=r"this checkpoint belongs to another recipe or model: parameter \d of group 0"
-    ):
+    with pytest.raises(ValueError, match=r"this checkpoint belongs to another recipe.*nothing was changed"):
         optimizer.load_state_dict(other.state_dict())
     assert unharmed(before, model, optimizer)
+
+
+@pytest.mark.parametrize("kind", [curvlib.Adam, curvlib.SGD, curvlib.NGD, curvlib.Muon, curvlib.Shampoo, curvlib.SOAP])
+def test_a_checkpoint_of_other_shapes_is_refused(kind):
+    one, two = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False)
+    settings = {"momentum": 0.9} if kind is curvlib.SGD else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other, optimizer = _trained(one, kind([*one.parameters()], **settings)), kind([*two.parameters()], **settings)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 should have shape 4×6, there is 6×4"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (curvlib.Adam, {"amsgrad": True}),
+        (curvlib.SGD, {"momentum": 0.9}),
+        (curvlib.RMSprop, {"momentum": 0.9, "centered": True}),
+        (curvlib.Shampoo, {"block_size": 2}),
+        (curvlib.MBF, {"linear_blocks": "output", "grafting": None}),
+    ],
+)
+def test_a_checkpoint_brings_its_settings(kind, settings):
+    """As torch's optimizers take them, whatever the new one was made with."""
+    model = nn.Linear(4, 3).double()
+    optimizer = _trained(model, kind(model, **settings))
+    twin = copy.deepcopy(model)
+    loaded = _trained(twin, kind(twin))
+    twin.load_state_dict(model.state_dict())
+    loaded.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        _trained(model, optimizer)
+        _trained(twin, loaded)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_checkpoint_with_settings_that_can_not_be_is_refused_before_anything_changes():
+    model = nn.Linear(4, 3)
+    optimizer = _trained(model, curvlib.Shampoo(model))
+    spoilt = optimizer.state_dict()
+    spoilt["param_groups"][0]["block_size"] = -4
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r"block_size.*-4"):
+        optimizer.load_state_dict(spoilt)
+    assert unharmed(before, model, optimizer)
+    _trained(model, optimizer)
 
 
 def test_a_checkpoint_of_another_model_is_refused():

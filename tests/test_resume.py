@@ -1,6 +1,6 @@
 """Saved at any step, loaded in another process, and gone on: bitwise what would have been, for every method.
 
-RESUMES=2000 python -m pytest tests/test_resume.py
+RESUMES=50 python -m pytest tests/test_resume.py          # so many of every method and dtype
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 import curvlib
-from tests.campaign import METHODS
+from tests.campaign import METHODS, TWINS
 from tests.resuming import DTYPES, NETWORKS, SCHEDULERS, Run, Worker
 
 some = st.sampled_from
@@ -56,8 +56,7 @@ def worker():
 
 
 @st.composite
-def cases(draw):
-    method = draw(some(METHODS))
+def cases(draw, method, dtype):
     known = inspect.signature(getattr(curvlib, method).__init__).parameters
     chosen = {name: draw(some(pool)) for name, pool in POOLS.items() if name in known and draw(st.booleans())}
     if chosen.get("window"):  # of batch gradients, in blocks that are not averaged
@@ -70,7 +69,7 @@ def cases(draw):
     return {
         "method": method,
         "network": network,
-        "dtype": draw(some(sorted(DTYPES))),
+        "dtype": dtype,
         "seed": draw(st.integers(0, 99)),
         "model": draw(some([True, True, False])),
         "lr": draw(some([0.003, 0.01])),
@@ -82,17 +81,23 @@ def cases(draw):
     }
 
 
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("method", METHODS)
 @settings(
-    max_examples=int(os.environ.get("RESUMES", "60")),
+    max_examples=int(os.environ.get("RESUMES", "2")),
     deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
-@given(case=cases(), data=st.data())
-def test_resumed_in_another_process_is_bitwise_uninterrupted(worker, case, data):
+@given(data=st.data())
+def test_resumed_in_another_process_is_bitwise_uninterrupted(worker, method, dtype, data):
+    if method in TWINS and dtype == "float16":
+        dtype = "float32"  # as torch's, they keep float16 statistics of float16 parameters, which overflow
+    case = data.draw(cases(method, dtype), label="case")
     try:
         run = Run(case)
     except ValueError:  # settings that contradict each other, which the methods refuse by name
         reject()
+    run.optimizer.seed = data.draw(st.integers(0, 3), label="seed of draws")  # the other process learns it by loading
     total = len(case["frozen"])
     stop = data.draw(st.integers(0, total), label="saved after")
     run.steps(0, stop)

