@@ -88,8 +88,13 @@ def check_group(group: Mapping[str, Any]) -> None:
         check_choice(flag, group[flag], (None, False, True))
         if group[flag] and flag in _REFUSED:
             raise ValueError(f"{flag}=True is not supported: {_REFUSED[flag]}; leave it out")
-    check_number("lr", group["lr"] if not isinstance(group["lr"], Tensor) else group["lr"].item())
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one, got a tensor of shape {list(lr.shape)}")
+    check_number("lr", lr.item() if isinstance(lr, Tensor) else lr)
     check_number("weight_decay", group["weight_decay"])
+    for place, beta in enumerate(group.get("betas", ())):
+        check_number(f"betas[{place}]", beta, high=1.0)
     if not isinstance(group["reduction"], str):
         check_number("reduction", group["reduction"], strict=True)
     else:

@@ -139,6 +139,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         """Add a group; callable settings become schedules, of which the group shows the current number."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1:
+            group["lr"] = group["lr"].view(())  # [1], which torch takes, too; schedulers fill it in place
         schedules = {name: value for name, value in group.items() if name != "params" and _is_schedule(value)}
         group.update({name: schedule(self._steps) for name, schedule in schedules.items()})
         group["steps"], group["seed"], group["shapes"] = self._steps, self._seed, shapes_of(group["params"])

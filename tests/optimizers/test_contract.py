@@ -100,6 +100,25 @@ def test_a_batch_that_is_not_finite_is_masked(kind, known, monkeypatch):
 
 
 @every_kind
+def test_a_step_size_may_be_a_tensor(kind):
+    """Of no dimension or of one, which a user fills."""
+    found = []
+    for lr in (0.01, torch.tensor(0.01, dtype=torch.float64), torch.tensor([0.01], dtype=torch.float64)):
+        model = network()
+        optimizer = kind(model, lr)
+        optimizer.step(closure_of(optimizer, model, 0))
+        if isinstance(lr, torch.Tensor):
+            lr.fill_(0.02)
+        else:
+            optimizer.param_groups[0]["lr"] = 0.02
+        optimizer.step(closure_of(optimizer, model, 1))
+        found.append([parameter.detach() for parameter in model.parameters()])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+@every_kind
 def test_parameters_alone_will_do(kind):
     """Without a model; methods that listen say so once, and go on with gradients."""
     model = network()
