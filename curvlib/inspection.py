@@ -80,7 +80,8 @@ class Inspection:
         """
         result = {}
         for unit, recipe in self._recipes().items():
-            reason = f"; on the batch gradient: {unit.silent}" if unit.silent else ""
+            how = "on the batch gradient" if recipe.root.exponent else "not preconditioned"
+            reason = f"; {how}: {unit.silent}" if unit.silent else ""
             result[unit.name] = f"{recipe.partition} (route {unit.route}: {unit.why}{reason})"
             for slot in unit.slots[1:]:
                 result[slot.name] = f"joined to {unit.name}"

@@ -50,12 +50,16 @@ class Listening(Ranks):
         ears = [(unit, recipe) for unit, recipe in listening.items() if unit.lead in self._readings and not unit.silent]
         self._taps.listen(ears, self._readings)
         self._taps.count_always = any(group["reduction"] == "sum" for group in self.param_groups)
-        silent = {unit.name: unit.silent for unit in listening if unit.silent}
-        if not set(silent) <= self._told:
-            self._told |= set(silent)
-            listed = "; ".join(f"{name}: {reason}" for name, reason in silent.items())
+        silent = {unit: recipe for unit, recipe in listening.items() if unit.silent}
+        if not {unit.name for unit in silent} <= self._told:
+            self._told |= {unit.name for unit in silent}
             hint = "" if self._slots else ". Give the model, as in KFAC(model), or call attach(model)"
-            warn(f"moments of the batch gradient are used where layers can't be heard: {listed}{hint}", TapWarning)
+            said = []
+            for plain, what in ((False, "moments of the batch gradient are used"), (True, "nothing is preconditioned")):
+                mine = [unit for unit, recipe in silent.items() if (recipe.on_gradients.root.exponent == 0) == plain]
+                listed = "; ".join(f"{unit.name}: {unit.silent}" for unit in mine)
+                said += [f"{what} where layers can't be heard: {listed}"] if mine else []
+            warn(". And ".join(said) + hint, TapWarning)
 
     def _signal_factor(self, reduction: float | Tensor, scale: float | Tensor | None) -> float | Tensor:
         """What the output gradients are divided by, so that they are of the mean loss."""
