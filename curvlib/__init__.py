@@ -43,7 +43,7 @@ from .partition import Partition, PartitionError
 from .preconditioner import Preconditioner
 from .recipe import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule, Tracking
 from .roots import register_solver
-from .routing import Route
+from .routing import Route, RouteWarning
 from .signals import Signal, Tap
 
 __version__ = "0.1.0"
@@ -93,6 +93,7 @@ __all__ = [
     "Recipe",
     "Root",
     "Route",
+    "RouteWarning",
     "Rule",
     "Schedule",
     "Shampoo",

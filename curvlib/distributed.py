@@ -9,7 +9,8 @@ With R ranks, each of which has its share of a batch and the same parameters (Di
   and n more for a basis.
 
 All ranks compute every step from the same numbers, so that their parameters stay equal to the last bit. Methods on gradients
-need only the second.
+need only the second. Where layers may be called on some ranks only, as experts are, the numbers of examples that each saw are
+added up first, 8 bytes for every weight that is heard; a rank that did not call a layer adds nothing to its statistics.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ class Exchange:
     Attributes:
         group: of torch.distributed; every rank of it takes the same steps.
         sent: bytes by purpose, ``"statistics"`` and ``"roots"``, of this rank's share of each collective.
+        uneven: whether a layer may be called on some ranks only; then ranks tell one another how many examples it saw.
     """
 
     group: dist.ProcessGroup
     sent: dict[str, int] = field(default_factory=dict)
+    uneven: bool = True
 
     @property
     def rank(self) -> int:

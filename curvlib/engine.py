@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .blocks import Means
+from .blocks import Means, block_for
 from .checks import number, period
 from .cohort import Cohort, Given, Group, Piece, cohorts
 from .kernels import Kernel, kernel_for
@@ -127,7 +127,7 @@ def directions(
         for cohort in composed:
             cohort.listen(groups, gate)
     with phase("refresh"):
-        together.refresh(due_jobs(composed))
+        together.refresh(due_jobs(composed, lineup, recipes))
     with phase("precondition and apply"):
         for cohort in composed:
             cohort.correct()
@@ -167,31 +167,46 @@ def advance(finished: Iterable[Direction], groups: Sequence[Group], gate: Tensor
             one.forget()
 
 
-def due_jobs(active: Iterable[Cohort]) -> list[RootJob]:
+def due_jobs(active: Iterable[Cohort], lineup: Lineup, recipes: Mapping[Unit, Recipe]) -> list[RootJob]:
     """Every root that is due: all of a cohort's at once, or its share of a staggered period.
 
-    A staggered period T is cut by cost: matrices stand in a row, each as long as its n³, and step t takes those whose
-    middle lies in the (t mod T)-th of T equal stretches.
+    A staggered period T is cut by cost: the matrices of all units, wherever they are computed, stand in a row, each as long
+    as its n³, and step t takes those whose middle lies in the (t mod T)-th of T equal stretches.
     """
     due: list[RootJob] = []
-    staggered: dict[int, list[tuple[int, RootJob]]] = defaultdict(list)
+    plans: dict[int, tuple[dict[Unit, int], int]] = {}
     for cohort in active:
         schedule = cohort.recipe.schedule
         if schedule.refreshes(cohort.step):
             due.extend(cohort.root_jobs())
         elif schedule.stagger:
-            staggered[period(schedule.refresh)] += [(cohort.step, job) for job in cohort.root_jobs()]
-    for length, jobs in staggered.items():
-        costs = [job.factor.shape[0] * job.factor.shape[-1] ** 3 for _, job in jobs]
-        total, before = max(1, sum(costs)), 0
-        for (step, job), cost in zip(jobs, costs, strict=True):
-            each = job.factor.shape[-1] ** 3
-            phases = [(before + each * row + each / 2) * length // total for row in range(job.factor.shape[0])]
-            mine = [row for row, phase in enumerate(phases) if phase == step % length]
-            if mine:
-                due.append(job.rows(mine[0], mine[-1] + 1))
-            before += cost
+            length = period(schedule.refresh)
+            if length not in plans:
+                plans[length] = _plan(lineup, recipes, length)
+            (begins, total), inside = plans[length], 0
+            for job in cohort.root_jobs():
+                each, rows = job.factor.shape[-1] ** 3, job.factor.shape[0] // len(cohort.units)
+                middles = (begins[unit] + inside + each * (row + 0.5) for unit in cohort.units for row in range(rows))
+                mine = [row for row, at in enumerate(middles) if at * length // total == cohort.step % length]
+                inside += each * rows
+                if mine:
+                    due.append(job.rows(mine[0], mine[-1] + 1))
     return due
+
+
+def _plan(lineup: Lineup, recipes: Mapping[Unit, Recipe], length: int) -> tuple[dict[Unit, int], int]:
+    """Where each unit begins in the row of a staggered period, and how long this is."""
+    begins, before = {}, 0
+    for unit in lineup.units:
+        recipe = recipes[unit]
+        if not recipe.schedule.stagger or period(recipe.schedule.refresh) != length:
+            continue
+        if unit.solves is None:
+            block = block_for(unit.layout, recipe, bool(unit.operand.joined))
+            unit.solves = [] if block is None else block.solves()
+        begins[unit] = before
+        before += sum(rows * n**3 for rows, n in unit.solves)
+    return begins, max(1, before)
 
 
 def write(finished: Iterable[Direction]) -> None:

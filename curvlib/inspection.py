@@ -82,6 +82,7 @@ class Inspection:
         for unit, recipe in self._recipes().items():
             how = "on the batch gradient" if recipe.root.exponent else "not preconditioned"
             reason = f"; {how}: {unit.silent}" if unit.silent else ""
+            reason += f"; {unit.passed}" if unit.passed else ""
             result[unit.name] = f"{recipe.partition} (route {unit.route}: {unit.why}{reason})"
             for slot in unit.slots[1:]:
                 result[slot.name] = f"joined to {unit.name}"

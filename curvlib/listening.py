@@ -86,17 +86,20 @@ class Listening(Ranks):
 
     def _heard(self, active: Sequence[Unit], settings: Sequence[Mapping[str, Any]]) -> dict[Unit, Means]:
         """What was heard, as means over examples of the second moments of their gradients."""
-        recipes, means = self._recipes(), {}
+        recipes, means = self._recipes(), dict[Unit, Means]()
         deaf = [unit.name for unit in active if recipes[unit].moment.listens and unit.lead not in self._taps.ears]
         if deaf and any(recipes[unit].root.exponent for unit in active if unit.name in deaf):
             raise TapError(f"a copied or unpickled optimizer hears nothing: call attach(model); {', '.join(deaf[:8])}")
-        heard: Mapping[Unit, Sums] = self._taps.heard(active)
+        uneven = self._exchange is not None and self._exchange.uneven
+        heard: Mapping[Unit, Sums] = self._taps.heard(active, self._totals if uneven else None)
         for unit, sums in heard.items():
             group = settings[unit.groups[0]]
             factor = group["signal_factor"] / sums.scale
             self._taps.ears[unit.lead].scale = group["signal_factor"] / group["loss_factor"]
-            if recipes[unit].moment.labels == "data":
-                sign = -1.0 if group["maximize"] else 1.0
+            sign = -1.0 if group["maximize"] else 1.0
+            if isinstance(sums.examples, float) and sums.examples == 0:  # only other ranks called this layer
+                means[unit] = {name: (value, 0.0) for name, value in sums.tensors.items()}
+            elif recipes[unit].moment.labels == "data":
                 means[unit] = sums.means(sums.examples / factor**2, sign / factor)
             else:
                 means[unit] = sums.means(1 / sums.examples, 1 / sums.examples)
@@ -247,8 +250,11 @@ class Listening(Ranks):
             return given
         weights = {"drawn": float(self._passes.examples), "probed": 1.0}
         for name, found in given.items():
-            values = self._exchange.mean([(value, weights[name]) for value in found.values()]) if found else []
-            given[name] = dict(zip(found, values, strict=True))
+            # The same parameters in the same order on all ranks, whatever this one's graph had.
+            mine = [p for unit, one in wanted.items() if one.moment.extra == name for p in unit.operand.parameters]
+            zero = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in mine}
+            values = self._exchange.mean([(found.get(p, zero[p]), weights[name]) for p in mine]) if mine else []
+            given[name] = dict(zip(mine, values, strict=True))
         return given
 
     @staticmethod

@@ -14,7 +14,7 @@ from . import engine
 from .blocks import Means
 from .checks import Flags, check_group, resolve
 from .distributed import Exchange
-from .health import Named, Proof, check_finite
+from .health import Named, Proof, check_finite, warn
 from .inspection import Inspection
 from .layers import Reading, Slot, survey
 from .listening import Listening, evidence, gated
@@ -22,7 +22,7 @@ from .passes import Passes
 from .phases import phase
 from .precision import full_precision
 from .recipe import Recipe
-from .routing import Route, Table, as_table, meaning
+from .routing import Route, RouteWarning, Table, as_table, meaning
 from .saving import Saving, shapes_of
 from .storage import Storage, structural
 from .taps import Taps
@@ -233,7 +233,7 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             raise ValueError(f"{type(model).__name__} holds none of this optimizer's parameters")
         self._slots, self._readings, self._units = slots, readings, None
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            self.process_group = model.process_group
+            self._exchange = Exchange(model.process_group, uneven=model.find_unused_parameters)
         self._all_units()
         self._expect()
 
@@ -246,6 +246,10 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
         tables = self._tables()
         if self._units is None:
             units = build_units(self.param_groups, self._slots, tables)
+            if large := [unit for unit in units if unit.passed and unit.name not in self._told]:
+                self._told |= {unit.name for unit in large}
+                listed = "; ".join(f"{unit.name} gets route {unit.route}, since {unit.passed}" for unit in large)
+                warn(f"some parameters are too large: {listed}", RouteWarning)
             self._units = self._placed(units, self._resolve(units, tables))
             self._listen(tables)
         return self._units

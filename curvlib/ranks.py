@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -39,7 +40,8 @@ class Ranks:
         """The ranks that train together: statistics are means over all of them, and refreshes are shared out.
 
         Given a DistributedDataParallel, or sharded parameters, it is theirs; else ``None`` until it is set. See
-        :mod:`curvlib.distributed` and :mod:`curvlib.sharding`.
+        :mod:`curvlib.distributed` and :mod:`curvlib.sharding`. Set by hand, layers may be called on some ranks only; a
+        DistributedDataParallel says so by ``find_unused_parameters``.
         """
         return None if self._exchange is None else self._exchange.group
 
@@ -60,7 +62,9 @@ class Ranks:
             from .sharding import Shards  # as long as all of the rest to import, and rarely needed
 
             self._shards = Shards(units)
-            self.process_group = self._shards.everyone
+            everyone = self._shards.everyone
+            # What is sharded is gathered by all ranks together, who thus call the same layers.
+            self._exchange = None if everyone is None else Exchange(everyone, uneven=False)
         return self._shards.place(units, recipes)
 
     def _line_up(self) -> Lineup:
@@ -80,6 +84,13 @@ class Ranks:
             total = self._shards.total([clip for clip in clips if clip is not None])
             return Together(roots.refresh, total, self._steps_itself)
         return Together(roots.refresh if self._exchange is None else self._exchange.refresh, steps=self._steps_itself)
+
+    def _totals(self, counts: Sequence[float | Tensor]) -> list[float]:
+        """Examples of all ranks."""
+        assert self._exchange is not None
+        device = next(iter(self._all_units())).lead.device
+        mine = torch.stack([torch.as_tensor(one, dtype=torch.float64, device=device) for one in counts])
+        return list(self._exchange.sum([mine])[0].tolist())
 
     def _shared(self, means: Mapping[Unit, Means], heard: Mapping[Unit, Sums]) -> dict[Unit, Means]:
         """Means over the examples of all ranks."""

@@ -13,6 +13,10 @@ from .partition import Partition, PartitionError
 from .recipe import Recipe
 
 
+class RouteWarning(UserWarning):
+    """A parameter does not get what its first route says."""
+
+
 @dataclass(frozen=True)
 class Route:
     """Which parameters get a recipe. Every condition given must hold; a route without conditions takes all.
@@ -135,14 +139,14 @@ def _meaning(recipe: Recipe) -> str:
     return ", ".join(parts) or "no state"
 
 
-def choose(table: Table, slot: Slot) -> int:
-    """The number of the first route that takes a parameter.
+def choices(table: Table, slot: Slot) -> list[int]:
+    """The numbers of the routes that take a parameter, in order.
 
     Raises:
         ValueError: where none does, naming the parameter and the routes.
     """
-    for number, route in enumerate(table):
-        if route.takes(slot):
-            return number
+    found = [number for number, route in enumerate(table) if route.takes(slot)]
+    if found:
+        return found
     routes = "; ".join(map(str, table))
     raise ValueError(f"no route takes {slot.name} (kind {slot.kind}, role {slot.role}); the routes: {routes}")

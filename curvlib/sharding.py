@@ -110,6 +110,8 @@ class Shards:
         coupled = rule.grafting is not None or not all(finish.elementwise for finish in rule.finish)
         if coupled or moment.listens or unit.operand.renamed or slot.ndim != len(slot.sizes):
             return False
+        if recipe.schedule.stagger:  # planned with whole units
+            return False
         if block is None:
             return True
         if not block.rowwise or recipe.damping.relative_to == "layer":

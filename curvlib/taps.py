@@ -10,7 +10,7 @@ What is heard is dropped like gradients: what comes after ``zero_grad`` replaces
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -372,11 +372,15 @@ class Taps:
         for ear in self.ears.values():
             ear.calls = 0
 
-    def heard(self, active: Iterable[Unit]) -> dict[Unit, Sums]:
+    def heard(
+        self, active: Iterable[Unit], totals: Callable[[Sequence[float | Tensor]], Sequence[float]] | None = None
+    ) -> dict[Unit, Sums]:
         """What each unit heard since the last step.
 
         Args:
             active: the units that have a gradient.
+            totals: from the numbers of examples heard here to those heard on all ranks, where layers may be called on some
+                ranks only; what others heard is empty here.
 
         Raises:
             TapError: where statistics are due and a layer was never heard, or all are silent.
@@ -391,6 +395,13 @@ class Taps:
             )
         for ear in mine:
             ear.take(False)
+        if totals is not None and mine:
+            everywhere = totals([0.0 if ear.sums is None else ear.sums.examples for ear in mine])
+            for ear, total in zip(mine, everywhere, strict=True):
+                ear.ever = ear.ever or total > 0
+                if ear.sums is None and total > 0:
+                    ear.sums = ear.empty()
+                    ear.sums.zeroed_()
         missing = [ear.unit.name for ear in mine if ear.sums is None]
         if missing and (len(missing) == len(mine) or any(not ear.ever for ear in mine if ear.sums is None)):
             raise TapError(_unheard(missing))

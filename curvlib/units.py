@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from .blocks import block_for
 from .contraction import independent_places
 from .layers import Operand, Slot, bare_slot, group_axes, split_axes
 from .layout import Layout, joined_axes
 from .partition import PartitionError
 from .recipe import Recipe
-from .routing import Table, choose
+from .routing import Table, choices
 
 Groups = Sequence[Mapping[str, Any]]
+
+LARGE, TIMES = 1 << 32, 1 << 12
+"""A parameter whose curvature would take more than 4 GiB and 4,096 times its own bytes goes to its next route."""
 
 
 @dataclass(eq=False)
@@ -29,8 +34,10 @@ class Unit:
         route: the number of the route in that group's table.
         why: the route's conditions, in words.
         layout: the partition, exact for the operand.
+        passed: which earlier routes were too large for it, and how large; empty where none was.
         silent: why the recipe's moment of a layer's signals is replaced by the gradient's; empty where it is not.
         parameters: the optimizer's own, by which records, gradients and readings are known; by default the operand's.
+        solves: (rows, n) of the matrices that a refresh solves, once somebody asked.
     """
 
     operand: Operand
@@ -40,7 +47,9 @@ class Unit:
     why: str
     layout: Layout
     silent: str = ""
+    passed: str = ""
     parameters: tuple[Tensor, ...] = ()
+    solves: list[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         self.parameters = self.parameters or self.operand.parameters
@@ -132,26 +141,54 @@ def build_units(groups: Groups, slots: Mapping[Tensor, Slot], tables: Sequence[T
         if parameter in taken:
             continue
         slot, table = known[parameter], tables[place[parameter]]
-        route = choose(table, slot)
-        recipe = table[route].recipe
-        silent = _silence(slot, recipe)
-        recipe = recipe.on_gradients if silent else recipe
-        operand = _operand(parameter, slot, recipe, known)
-        sources = operand.named(slot.sources) if recipe.moment.listens else ()
-        try:
-            layout = recipe.cut.layout(operand.sizes, operand.joined, sources)
-            if sources and recipe.moment.of == "signals":
-                independent_places(layout)
-        except PartitionError as error:
-            raise error.about(slot.name) from None
-        except ValueError as error:
-            raise ValueError(f"{slot.name}: {error}; got partition {str(recipe.partition)!r}") from None
+        passed = ""
+        for route in choices(table, slot):
+            recipe = table[route].recipe
+            silent = _silence(slot, recipe)
+            recipe = recipe.on_gradients if silent else recipe
+            operand = _operand(parameter, slot, recipe, known)
+            layout = _layout(slot, operand, recipe)
+            too_large = _too_large(operand, recipe, layout)
+            if not too_large:
+                break
+            passed += f"{'; ' if passed else ''}route {route} would keep {too_large}"
+        else:
+            raise ValueError(
+                f"{slot.name} of shape {list(parameter.shape)} is too large: {passed}, and no other route takes it; give it "
+                "one with a diagonal, or cut its axes, such as '| o/256, i/256'"
+            )
         parts = operand.parameters
         where = tuple(place[one] for one in parts)
         slots_of = tuple(known[one] for one in parts)
-        units.append(Unit(operand, slots_of, where, route, str(table[route]), layout, silent))
+        units.append(Unit(operand, slots_of, where, route, str(table[route]), layout, silent, passed))
         taken.update(parts)
     return units
+
+
+def _layout(slot: Slot, operand: Operand, recipe: Recipe) -> Layout:
+    sources = operand.named(slot.sources) if recipe.moment.listens else ()
+    try:
+        layout = recipe.cut.layout(operand.sizes, operand.joined, sources)
+        if sources and recipe.moment.of == "signals":
+            independent_places(layout)
+    except PartitionError as error:
+        raise error.about(slot.name) from None
+    except ValueError as error:
+        raise ValueError(f"{slot.name}: {error}; got partition {str(recipe.partition)!r}") from None
+    return layout
+
+
+def _too_large(operand: Operand, recipe: Recipe, layout: Layout) -> str:
+    """The size of a curvature's state, in words, where it is beyond reason: see :data:`LARGE` and :data:`TIMES`."""
+    own = sum(one.numel() * one.element_size() for one in operand.parameters)
+    matrices = sum(region.blocks * factor.size**2 for region in layout.regions for factor in region.factors)
+    if 8 * matrices <= LARGE:  # no structure keeps more than some numbers for every entry of its matrices
+        return ""
+    block = block_for(layout, recipe, bool(operand.joined))
+    dtype = recipe.moment.dtype_for(operand.lead.dtype)
+    specs = block.spec().values() if block is not None else ()
+    size = sum(math.prod(spec.shape) * (spec.dtype or dtype).itemsize for spec in specs)
+    return f"{size / 2**30:.0f} GiB for {str(recipe.partition)!r}" if size > max(LARGE, TIMES * own) else ""
 
 
 def _silence(slot: Slot, recipe: Recipe) -> str:

@@ -63,9 +63,18 @@ def test_a_number_out_of_range_is_named_with_what_is_allowed(name, setting, valu
         (lambda: Damping(0.1, "trace", split="pi"), "split='pi' shares out an absolute damping"),
         (lambda: Damping(0.1, "trace", outside=True), "outside=True adds an absolute number"),
         (lambda: Root(exponent=-1), "exponent must be a number from 0, got -1"),
-        (lambda: curvlib.Adam([nn.Parameter(torch.zeros(2))], betas=(1.5, 0.9)), "betas[0] must be a number from 0 and below 1, got 1.5"),
-        (lambda: curvlib.SOAP([nn.Parameter(torch.zeros(2))], betas=(0.5, -1)), "betas[1] must be a number from 0 and below 1, got -1"),
-        (lambda: curvlib.Adam([nn.Parameter(torch.zeros(2))], torch.ones(2)), "lr must be a number or a tensor of one, got a tensor of shape [2]"),
+        (
+            lambda: curvlib.Adam([nn.Parameter(torch.zeros(2))], betas=(1.5, 0.9)),
+            "betas[0] must be a number from 0 and below 1, got 1.5",
+        ),
+        (
+            lambda: curvlib.SOAP([nn.Parameter(torch.zeros(2))], betas=(0.5, -1)),
+            "betas[1] must be a number from 0 and below 1, got -1",
+        ),
+        (
+            lambda: curvlib.Adam([nn.Parameter(torch.zeros(2))], torch.ones(2)),
+            "lr must be a number or a tensor of one, got a tensor of shape [2]",
+        ),
         (lambda: Root(solver="lu"), "solver must be one of 'auto', 'cholesky', 'eigh'"),
         (lambda: Schedule(refresh=0), "refresh period must be a whole number of steps from 1, got 0"),
         (lambda: Schedule(statistics=1.5), "statistics period must be a whole number of steps from 1, got 1.5"),
@@ -349,3 +358,41 @@ def test_a_group_that_is_refused_leaves_no_trace():
     assert len(optimizer.param_groups) == 1
     weights[0].grad = torch.ones(2, 2)
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [
+        ("KFAC", (100_000, 1)),
+        ("EKFAC", (1, 100_000)),
+        ("MBF", (1, 100_000)),
+        ("TNT", (100_000,)),
+        ("NGD", (1000, 1000)),
+        ("SOAP", (1_000_000, 1)),
+        ("KLShampoo", (1, 1_000_000)),
+    ],
+)
+def test_what_is_too_long_for_its_matrices_gets_another_route_and_is_told(method, shape):
+    model = (
+        nn.Linear(*shape[::-1], bias=False) if len(shape) == 2 else nn.ParameterList([nn.Parameter(torch.zeros(shape))])
+    )
+    options = {"labels": "data"} if method == "TNT" else {}
+    with pytest.warns(
+        curvlib.RouteWarning, match=r"too large: (weight|0) gets route \d, since route \d would keep \d+ GiB for"
+    ):
+        optimizer = getattr(curvlib, method)(model, **options)
+    assert all("GiB" in why for why in optimizer.routing().values())
+    (weight,) = model.parameters()
+    before = weight.detach().clone()
+    if len(shape) == 2:
+        (model(torch.randn(2, shape[1])) ** 2).mean().backward()
+    else:
+        weight.grad = torch.ones(shape)
+    optimizer.step()
+    assert weight.isfinite().all()
+    assert not torch.equal(weight, before)
+
+
+def test_what_is_too_long_for_all_routes_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"weight of shape \[1, 100000\] is too large: route 0 would keep 75 GiB"):
+        curvlib.FullAdagrad(nn.Linear(100_000, 1, bias=False))

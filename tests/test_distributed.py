@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ import curvlib
 from curvlib import TapWarning, roots
 from curvlib.distributed import shared_out
 from curvlib.roots import How, RootJob
+from tests.ranks import GROUPS, home, run
 
 F64 = torch.float64
 STEPS, BATCH = 6, 16
@@ -51,12 +51,13 @@ def network():
 
 def data(step):
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(BATCH, 2, 4, dtype=F64, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
+    x = torch.randn(BATCH, 2, 4, dtype=F64, generator=generator)
+    return home(x), home(torch.randint(0, 3, (BATCH,), generator=generator))
 
 
 def train(make, rank=0, ranks=1):
     """Parameters after some steps on this rank's share of every batch, and the traffic."""
-    model = network()
+    model = home(network())
     given = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TapWarning)
@@ -77,21 +78,54 @@ def train(make, rank=0, ranks=1):
     return values, optimizer.traffic()
 
 
-def worker(rank, ranks, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+class Experts(nn.Module):
+    """Every step another expert; from the third on each rank its own, so that others hear nothing of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.experts = nn.Linear(8, 4), nn.ModuleList([nn.Linear(4, 6), nn.Linear(4, 6)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x, chosen):
+        return self.head(torch.tanh(self.experts[chosen](torch.tanh(self.body(x.flatten(1))))))
+
+
+def train_experts(name, rank, ranks):
+    """Parameters after some steps."""
+    torch.manual_seed(0)
+    model = home(Experts().double())
+    given = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TapWarning)
+        optimizer = getattr(curvlib, name)(given)
+    for step in range(6):
+        x, y = (one.chunk(ranks)[rank] for one in data(step))
+
+        def closure(x=x, y=y, step=step):
+            optimizer.zero_grad()
+            outputs = given(x, step % 2 if step < 2 else rank % 2)
+            loss = F.cross_entropy(outputs, y)
+            optimizer.observe(outputs, "categorical", loss=loss)
+            loss.backward(retain_graph=optimizer.needs_graph)
+            return loss
+
+        optimizer.step(closure)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+EXPERTS = ("Adam", "AdaHessian", "EKFAC", "Eva", "FOOF", "KBFGS", "KFAC", "Shampoo", "SINGD", "TKFAC", "TNT")
+
+
+def everything(rank, ranks, folder):
     found = {name: train(make, rank, ranks) for name, make in {**METHODS, **RANDOM}.items()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found | {f"experts, {name}": (train_experts(name, rank, ranks), {}) for name in EXPERTS}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=GROUPS)
 def runs(request, tmp_path_factory):
     """(ranks, rank -> method -> parameters and traffic)."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (request.param, str(folder)), nprocs=request.param)
-    return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    ranks, device = request.param
+    return ranks, run(everything, ranks, tmp_path_factory.mktemp("ranks"), device)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -109,6 +143,15 @@ def test_ranks_are_equal_to_the_last_bit(runs, name):
     for other in found[1:]:
         assert torch.equal(other[name][0], found[0][name][0])
         assert other[name][1] == found[0][name][1]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_ranks_that_call_other_layers_are_equal_to_the_last_bit(runs, name):
+    _, found = runs
+    values = [one[f"experts, {name}"][0] for one in found]
+    assert values[0].isfinite().all()
+    for other in values[1:]:
+        assert torch.equal(other, values[0])
 
 
 def test_traffic_is_what_the_docs_say(runs):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 import curvlib
 from curvlib import TapWarning
+from tests.ranks import GROUPS, home, run
 
 F64 = torch.float64
 STEPS, BATCH = 6, 16
@@ -50,6 +50,9 @@ METHODS = {
     "KFAC": lambda model: curvlib.KFAC(model, 0.05, refresh_every=2, statistics_every=2),
     "KFAC, exact": lambda model: curvlib.KFAC(model, 0.05, labels="exact"),
     "Shampoo": lambda model: curvlib.Shampoo(model, 0.01, block_size=3),
+    "Shampoo, staggered": lambda model: curvlib.Shampoo(model, 0.01, block_size=3, refresh_every=3, stagger=True),
+    "KFAC, staggered": lambda model: curvlib.KFAC(model, 0.05, refresh_every=3, stagger=True),
+    "MBF, staggered": lambda model: curvlib.MBF(model, 0.01, linear_blocks="output", refresh_every=3, stagger=True),
     "SOAP": lambda model: curvlib.SOAP(model, 0.01, eps=1e-4, refresh_every=1, basis="eigh"),
     "Muon": lambda model: curvlib.Muon(model, 0.01),
     "Eva": lambda model: curvlib.Eva(model, 0.05),
@@ -64,6 +67,7 @@ SAVED = (
     "MBF in rows, window",
     "KFAC",
     "Shampoo",
+    "Shampoo, staggered",
     "SOAP",
     "K-BFGS",
 )
@@ -71,14 +75,14 @@ SAVED = (
 
 def network(narrow=3):
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv1d(2, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, narrow)
-    ).double()
+    layers = (nn.Conv1d(2, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 8), nn.LayerNorm(8), nn.Tanh())
+    return home(nn.Sequential(*layers, nn.Linear(8, narrow)).double())
 
 
 def data(step):
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(BATCH, 2, 4, dtype=F64, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator)
+    x = torch.randn(BATCH, 2, 4, dtype=F64, generator=generator)
+    return home(x), home(torch.randint(0, 3, (BATCH,), generator=generator))
 
 
 def shard(model, mesh=None):
@@ -214,22 +218,10 @@ def broken(rank, ranks, folder):
     return found
 
 
-def worker(rank, ranks, folder, job):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{job.__name__}-{ranks}", rank=rank, world_size=ranks)
-    torch.save(job(rank, ranks, folder), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(job, ranks, folder):
-    mp.spawn(worker, (ranks, str(folder), job), nprocs=ranks)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-
-
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=GROUPS)
 def runs(request, tmp_path_factory):
-    return run(trained, request.param, tmp_path_factory.mktemp("shards"))
+    ranks, device = request.param
+    return run(trained, ranks, tmp_path_factory.mktemp("shards"), device)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -248,11 +240,13 @@ def test_rows_do_not_travel(runs, name):
 
 def test_what_travels_is_what_the_docs_say(runs):
     """Of every weight and its bias two tensors to the owner and one back, and nothing else."""
-    ranks = len(runs)
     weights = {"conv": 4 * 2 * 2 + 4, "first": 8 * 12 + 8, "norm": 8, "shift": 8, "last": 3 * 8 + 3}
     assert sum(one["KFAC"][1]["shards"] for one in runs) == 8 * STEPS * 3 * sum(weights.values())
-    assert len({one["KFAC"][1]["statistics"] for one in runs}) == 1
-    assert ranks in (2, 4)
+    # The second moments of every input and output factor, the norm's diagonals, and a weight for each.
+    inputs, outputs = (2 * 2 + 1, 12 + 1, 8 + 1), (4, 8, 3)
+    statistics = sum(n * n for n in (*inputs, *outputs)) + 2 * 8 + len(inputs) + len(outputs) + 2
+    due = STEPS // 2
+    assert {one["KFAC"][1]["statistics"] for one in runs} == {8 * due * statistics}
 
 
 def test_a_checkpoint_is_of_any_number_of_ranks(tmp_path):

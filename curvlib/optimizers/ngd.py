@@ -98,7 +98,7 @@ def ngd(
     refresh_every: int,
     subsample: int,
 ) -> Table:
-    """Every layer: its dense block; what can't be heard: the momentum alone."""
+    """Every layer: its dense block; what can't be heard, or is too large: the momentum alone."""
     if block_size is not None:
         check_period("block_size", block_size)
     cut = "..." if block_size is None else f"(...)/{block_size}"
@@ -107,4 +107,4 @@ def ngd(
     schedule = Schedule(statistics_every, refresh_every)
     plain = Recipe(DIAGONAL, root=Root(0), rule=rule)
     dense = Recipe(f"| {cut}", moment, Root(1, Damping(damping)), rule, schedule, join_bias=True, fallback=plain)
-    return (Route(dense),)
+    return (Route(dense), Route(plain))

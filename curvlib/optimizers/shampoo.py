@@ -137,7 +137,7 @@ def shampoo(
     grafting_beta: float,
     grafting_eps: float,
 ) -> Table:
-    """Vectors: Adam's diagonal (or a factor); convolutions and everything else: Kronecker."""
+    """Vectors, and what is too long: Adam's diagonal (or a factor); convolutions and everything else: Kronecker."""
     check_choice("kernels", kernels, tuple(KERNELS))
     check_choice("vectors", vectors, ("diagonal", "kronecker"))
     if block_size is not None:
@@ -167,4 +167,5 @@ def shampoo(
         Route(vector if vectors == "kronecker" else diagonal, where=is_vector),
         Route(convolution, kind="conv", where=is_kernel),
         Route(kronecker),
+        Route(diagonal),
     )

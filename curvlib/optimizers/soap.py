@@ -201,4 +201,5 @@ def _routes(diagonal: Recipe, recipe: Callable[[str], Recipe], block_size: int |
         Route(diagonal, where=is_vector),
         Route(recipe(KERNELS[kernels].format(cut=cut)), kind="conv", where=is_kernel),
         Route(recipe("| ,..." + cut)),
+        Route(diagonal),
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
+from ..blocks import DIAGONAL
 from ..checks import Flags, check_choice
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Moment, Momentum, Recipe, Root, Rule, Schedule
@@ -88,7 +89,7 @@ def tnt(
     statistics_every: int,
     refresh_every: int,
 ) -> Table:
-    """Convolutions: outputs, inputs and kernel; everything else: a factor for every axis."""
+    """Convolutions: outputs, inputs and kernel; else a factor for every axis; what is too long: the momentum alone."""
     check_choice("labels", labels, ("sampled", "data"))
 
     def recipe(partition: str) -> Recipe:
@@ -103,4 +104,5 @@ def tnt(
     return (
         Route(recipe("| o, i, k..."), kind="conv", where=is_kernel),
         Route(recipe("| ,...")),
+        Route(Recipe(DIAGONAL, root=Root(0), rule=Rule(Momentum(momentum) if momentum else None))),
     )
