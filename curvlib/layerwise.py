@@ -68,7 +68,9 @@ def _(
     exchange: Exchange | None = None,
 ) -> None:
     if not passes.slopes:
-        raise TapError("step sizes of layers need optimizer.observe(loss=loss) before backward")
+        raise TapError(
+            "step sizes of layers need optimizer.observe(loss=loss) before backward, or loss.backward(create_graph=True)"
+        )
     scale_steps(model, finished, passes.slopes, settings, gate, exchange)
 
 

@@ -18,7 +18,7 @@ from .health import warn
 from .labels import LIKELIHOODS, Likelihood, seeds
 from .layers import Reading, Slot
 from .models import Model, decide
-from .passes import Passes
+from .passes import Passes, Slopes
 from .phases import phase
 from .precision import full_precision
 from .quadratic import Minimum
@@ -225,6 +225,24 @@ class Listening(Ranks):
         if models:
             self._passes.slopes.append(slopes)
         self._taps.observed += 1
+
+    def _look_back(self) -> None:
+        """Take what gradients with a graph say, after ``backward(create_graph=True)``, where no loss was observed."""
+        probed = {p: recipe for unit, recipe in self._extra("probed").items() for p in unit.operand.parameters}
+        probes, slopes = bool(probed) and not self._passes.probes, self._models("loss") and not self._passes.slopes
+        if not (probes or slopes):
+            return
+        graded = {p: p.grad for p in self._parameters() if p.grad is not None and p.grad.requires_grad}
+        if not graded:
+            return
+        scale = getattr(self, "grad_scale", None)
+        with self._taps.paused(), torch.enable_grad():
+            gradients = graded if scale is None else {p: g / scale.to(g) for p, g in graded.items()}
+            if probes:
+                lead = next(iter(gradients))
+                self._passes.probe(gradients, probed, self._generator(lead.device, everywhere=True))
+            if slopes:
+                self._passes.slopes.append(Slopes(gradients))
 
     def _extra(self, name: str) -> dict[Unit, Recipe]:
         """The units whose moments rest on a pass of this name, where these are due."""

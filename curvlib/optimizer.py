@@ -294,6 +294,8 @@ class CurvatureOptimizer(Listening, Inspection, Saving):
             return loss
         settings = [self._group_settings(group) for group in self.param_groups]
         with phase("statistics"):
+            if lineup.asks:
+                self._look_back()
             heard, given = (self._heard(active, settings), self._given(active, settings)) if lineup.asks else ({}, {})
         gate = self._check_gradients(lineup, settings, heard, given)
         if overflow is not None and overflow.device.type != "cpu":

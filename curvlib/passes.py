@@ -7,8 +7,8 @@ pass       what is evaluated                               where the loop allows
 ========== =============================================== ======================================================
 `drawn`    the gradient for labels drawn from the model    ``observe(outputs, likelihood)``
 `outputs`  the outputs as a linear function of parameters  ``observe(outputs, likelihood)``
-`probed`   z ⊙ Hz with random signs z (Hutchinson)         ``observe(loss=loss)``
-`loss`     the gradient with its graph, for products Hv    ``observe(loss=loss)``
+`probed`   z ⊙ Hz with random signs z (Hutchinson)         ``observe(loss=loss)``, or ``backward(create_graph=True)``
+`loss`     the gradient with its graph, for products Hv    ``observe(loss=loss)``, or ``backward(create_graph=True)``
 `again`    the same batch at the new parameters            ``step(closure)``, see :class:`~curvlib.blocks.QuasiNewtonBlock`
 ========== =============================================== ======================================================
 """
@@ -126,12 +126,13 @@ class Passes:
             found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
         gradients = {p: g for p, g in zip(wanted, found, strict=True) if g is not None}
         if pooled:
-            self._probe(gradients, pooled, generator)
+            self.probe(gradients, pooled, generator)
         return Slopes(gradients)
 
-    def _probe(
+    def probe(
         self, gradients: Mapping[Tensor, Tensor], pooled: Mapping[Tensor, Recipe], generator: torch.Generator
     ) -> None:
+        """Add z ⊙ Hz for some of the parameters, from gradients with their graph."""
         bent = {p: g for p, g in gradients.items() if g.requires_grad and p in pooled}
         signs = [rademacher(one, generator) for one in bent]
         products: Sequence[Tensor | None] = []
@@ -157,7 +158,7 @@ class Passes:
         asked = {unit: recipe.moment.extra for unit, recipe in units.items()}
         for extra, count, call in (
             ("drawn", self.examples, "observe(outputs, likelihood) between the forward pass and backward"),
-            ("probed", self.probes, "observe(loss=loss) before backward"),
+            ("probed", self.probes, "observe(loss=loss) before backward, or loss.backward(create_graph=True)"),
         ):
             missing = [unit.name for unit, one in asked.items() if one == extra and not count]
             if missing:

@@ -50,9 +50,12 @@ class Ranks:
         self._exchange = None if group is None else Exchange(group)
 
     def traffic(self) -> dict[str, int]:
-        """Bytes of this rank's share in all collectives so far: ``"statistics"``, ``"roots"`` and ``"shards"``."""
+        """Bytes of this rank's share in all collectives of steps so far.
+
+        ``"statistics"`` and ``"roots"``; of shards also ``"shards"``, and ``"agreed"``, a few numbers a step.
+        """
         sent = {} if self._exchange is None else dict(self._exchange.sent)
-        return sent if self._shards is None else {**sent, "shards": self._shards.sent}
+        return sent if self._shards is None else {**sent, "shards": self._shards.sent, "agreed": self._shards.agreed}
 
     def _placed(self, units: list[Unit], recipes: Mapping[Unit, Recipe]) -> list[Unit]:
         """The units, those of sharded parameters where they are computed."""

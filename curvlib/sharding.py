@@ -45,6 +45,7 @@ class Shards:
         rank, size: this rank's number in the group, and how many there are.
         device: where shards lie.
         sent: bytes of this rank's share in all exchanges of shards.
+        agreed: bytes of its share in what ranks agree on: whether all is finite, sizes of clipped directions.
     """
 
     def __init__(self, units: Iterable[Unit]) -> None:
@@ -54,7 +55,7 @@ class Shards:
         self.group = self.mesh.get_group(along)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.device = _local(some).device
-        self.sent = 0
+        self.sent = self.agreed = 0
         self._owners: dict[Tensor, int] = {}
         self._load = [0] * self.size
         self._stands: dict[Tensor, Tensor] = {}
@@ -240,6 +241,7 @@ class Shards:
     def agree(self, good: Tensor | bool) -> Tensor:
         """Whether something is so on all ranks, 0-d."""
         flag = torch.as_tensor(good, device=self.device).to(torch.int32)
+        self.agreed += flag.element_size()
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
         return flag.bool()
 
@@ -258,6 +260,7 @@ class Shards:
             dtype = torch.float64 if self.device.type == "cpu" else torch.float32
             zero = torch.zeros((), dtype=dtype, device=self.device)
             sizes = torch.stack([mine.get(clip, zero).to(zero) for clip in clips])
+            self.agreed += sizes.numel() * sizes.element_size()
             dist.all_reduce(sizes, group=self.group)
             return dict(zip(clips, sizes, strict=True))
 

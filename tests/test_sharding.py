@@ -241,6 +241,9 @@ def test_rows_do_not_travel(runs, name):
 def test_what_travels_is_what_the_docs_say(runs):
     """Of every weight and its bias two tensors to the owner and one back, and nothing else."""
     weights = {"conv": 4 * 2 * 2 + 4, "first": 8 * 12 + 8, "norm": 8, "shift": 8, "last": 3 * 8 + 3}
+    # Whether all gradients are finite, int32, and the size of KFAC's clip, float64.
+    assert {one["KFAC"][1]["agreed"] for one in runs} == {STEPS * (4 + 8)}
+    assert {one["Adam"][1]["agreed"] for one in runs} == {STEPS * 4}
     assert sum(one["KFAC"][1]["shards"] for one in runs) == 8 * STEPS * 3 * sum(weights.values())
     # The second moments of every input and output factor, the norm's diagonals, and a weight for each.
     inputs, outputs = (2 * 2 + 1, 12 + 1, 8 + 1), (4, 8, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -263,3 +264,32 @@ def test_a_loss_that_is_linear_has_no_curvature():
     loss.backward()
     optimizer.step()
     torch.testing.assert_close(flat(model), before - 2 / 0.5)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [curvlib.AdaHessian, curvlib.SophiaH, curvlib.LayerwiseSGD, curvlib.LayerwiseAdamW],
+    ids=lambda k: k.__name__,
+)
+def test_gradients_with_a_graph_will_do_as_well(kind):
+    """The authors' own loop, loss.backward(create_graph=True), is what observing the loss is."""
+    found = []
+    for observed in (True, False):
+        model = small()
+        optimizer = kind(model)
+        for t in range(4):
+            x, y = batch(t)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if observed:
+                optimizer.observe(loss=loss)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
+                loss.backward(retain_graph=optimizer.needs_graph) if observed else loss.backward(create_graph=True)
+            optimizer.step()
+        found.append(flat(model))
+        optimizer.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(TapError, match=r"backward\(create_graph=True\)"):
+        [optimizer.step() for _ in range(10)]
