@@ -1,5 +1,7 @@
 """curvlib: second-order optimizers as configurations of one batched preconditioning engine."""
 
+from . import newton as newton
+from .calibration import Calibration, calibrate
 from .differentiable import DecorrelatedNorm, matrix_inverse_sqrt, matrix_sqrt
 from .ears import TapError, TapWarning
 from .finish import Finish
@@ -65,6 +67,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Calibration",
     "Clip",
     "CurvatureOptimizer",
     "Damping",
@@ -105,6 +108,7 @@ __all__ = [
     "TapError",
     "TapWarning",
     "Tracking",
+    "calibrate",
     "matrix_inverse_sqrt",
     "matrix_sqrt",
     "register_layer",

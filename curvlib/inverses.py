@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from . import planes
-
-_LEAF = 48
-"""Rows up to which a matrix is factored at once."""
-
-_LARGE = 640
-"""Rows from which on LAPACK is faster on a CPU."""
+from .calibration import calibration
 
 
 def inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,17 +25,18 @@ def inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     An inverse that failed is anything.
     """
     n, f, _ = matrix.shape
-    cpu = matrix.device.type == "cpu"
+    known = calibration(matrix.device)
     if planes.suits(n, f, matrix.device):
         return planes.inverse(matrix)
-    if cpu and f >= _LARGE:
+    if known.lapack_rows is not None and f >= known.lapack_rows:
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if failed.any():  # what failed may be singular
             lower = torch.where(failed[:, None, None] == 0, lower, _identity(matrix))
         return torch.cholesky_inverse(lower).mT, failed != 0  # symmetric, but laid out by columns
-    lower, failed = _inverse_factor(matrix)
+    leaf = f if known.halves_rows is None else known.halves_rows - 1
+    lower, failed = _inverse_factor(matrix, leaf)
     inverses = torch.empty_like(lower)
-    _gram(lower, inverses)
+    _gram(lower, inverses, 2 * leaf)
     return inverses, failed
 
 
@@ -48,18 +44,18 @@ def _halves(f: int) -> int:
     return (f // 2 + 15) // 16 * 16
 
 
-def _inverse_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """W = L⁻¹, and which failed."""
+def _inverse_factor(matrix: Tensor, leaf: int) -> tuple[Tensor, Tensor]:
+    """W = L⁻¹, and which failed; matrices up to ``leaf`` rows are factored at once."""
     f = matrix.shape[-1]
-    if f <= _LEAF or matrix.device.type != "cpu":
+    if f <= max(leaf, 16):
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if matrix.device.type == "cpu" and failed.any():
             lower = torch.where(failed[:, None, None] == 0, lower, _identity(matrix))
         return torch.linalg.solve_triangular(lower, _identity(matrix).expand_as(lower), upper=False), failed != 0
     h = _halves(f)
-    first, failed = _inverse_factor(matrix[:, :h, :h])
+    first, failed = _inverse_factor(matrix[:, :h, :h], leaf)
     below = matrix[:, h:, :h] @ first.mT
-    second, also = _inverse_factor(torch.baddbmm(matrix[:, h:, h:], below, below.mT, alpha=-1))
+    second, also = _inverse_factor(torch.baddbmm(matrix[:, h:, h:], below, below.mT, alpha=-1), leaf)
     whole = matrix.new_zeros(matrix.shape)
     whole[:, :h, :h] = first
     whole[:, h:, h:] = second
@@ -67,17 +63,17 @@ def _inverse_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return whole, failed | also
 
 
-def _gram(lower: Tensor, out: Tensor) -> None:
+def _gram(lower: Tensor, out: Tensor, leaf: int) -> None:
     """WᵀW of lower triangles, into a tensor that is there."""
     f = lower.shape[-1]
-    if f <= 2 * _LEAF or lower.device.type != "cpu":
+    if f <= max(leaf, 16):
         out.copy_(lower.mT @ lower)
         return
     h = _halves(f)
     below, second = lower[:, h:, :h], lower[:, h:, h:]
-    _gram(lower[:, :h, :h], out[:, :h, :h])
+    _gram(lower[:, :h, :h], out[:, :h, :h], leaf)
     out[:, :h, :h] += below.mT @ below
-    _gram(second, out[:, h:, h:])
+    _gram(second, out[:, h:, h:], leaf)
     out[:, h:, :h] = second.mT @ below
     out[:, :h, h:] = out[:, h:, :h].mT
 

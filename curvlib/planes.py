@@ -21,20 +21,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .calibration import calibration
 from .precision import flush_subnormals_
-
-LARGEST = 16
-"""Rows of the largest matrix that is laid so."""
-
-LEAST = 1024
-"""Matrices from which on it is worth it."""
 
 _RUN = 1 << 15  # matrices at a time, whose vectors stay in the cache
 
 
 def suits(matrices: int, size: int, device: torch.device) -> bool:
     """Whether so many matrices of a size should lie by planes."""
-    return device.type == "cpu" and 1 < size <= LARGEST and matrices >= LEAST
+    known = calibration(device)
+    return known.planes_rows is not None and 1 < size <= known.planes_rows and matrices >= known.planes_count
 
 
 def lay(matrix: Tensor) -> Tensor:
@@ -109,7 +105,7 @@ def _starts(f: int) -> list[int]:
     return [d * f - d * (d - 1) // 2 for d in range(f + 1)]
 
 
-@lru_cache(maxsize=LARGEST)
+@lru_cache(maxsize=32)
 def _places(f: int) -> Tensor:
     """Where the entry (i, j) stands among all diagonals one after the other, ``[f, f]``."""
     starts = _starts(f)

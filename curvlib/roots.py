@@ -9,6 +9,7 @@ A solve never harms: a matrix whose root fails after every retry keeps its previ
 * ``"qr"`` for eigenvectors only: one orthogonal iteration from the last ones, Q <- qr(F Q), with the columns of Q in the
   descending order of diag(QᵀFQ); ``"eigh"`` at the start and for those whose residual is above the tolerance. Its residual
   is what is left off the diagonal, ‖QᵀFQ - Λ‖ / ‖F‖, to the square root of the precision; a tolerance of 1 is never exceeded.
+* ``"newton"`` for p = 1/2, 1/4, 1/8, by products alone, see :mod:`curvlib.newton`.
 * Others by :func:`register_solver`, as these are.
 
 The retry ladder: what is decomposed is symmetrised (Cholesky reads one triangle only); what fails is solved once more in
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import planes
+from .calibration import calibration
 from .interrupts import unbroken
 from .inverses import inverse
 from .precision import copy_flushed_
@@ -53,6 +55,7 @@ class How:
             factor has no signal yet: its root is the identity. ``None`` where the damping is absolute.
         tolerance: largest residual of a root that is used.
         basis: eigenvectors and eigenvalues are wanted instead of a root.
+        auto: the solver may be another one, where that is faster, see :mod:`curvlib.calibration`.
     """
 
     power: float
@@ -63,6 +66,7 @@ class How:
     floor: float | None = None
     tolerance: float = 0.1
     basis: bool = False
+    auto: bool = False
 
     @property
     def plain(self) -> bool:
@@ -118,7 +122,7 @@ def register_solver(
 
 
 def chosen(how: How) -> How:
-    """``how`` with a solver that takes it: the named one, or for ``"auto"`` the first that can.
+    """``how`` with a solver that takes it: the named one, or for ``"auto"`` the first that can (but see :func:`suited`).
 
     Powers of the curvature itself, which only diagnostics ask for, are always taken by the first that can.
 
@@ -127,7 +131,7 @@ def chosen(how: How) -> How:
     """
     able = [name for name, solver in SOLVERS.items() if solver.takes(how)]
     if how.solver == "auto" or how.power < 0:
-        return replace(how, solver=able[0])
+        return replace(how, solver=able[0], auto=how.power > 0)
     if how.solver not in able:
         wanted = "a basis" if how.basis else f"the power {-how.power:g} of a factor"
         damping = " with the damping outside of it" if how.outside else ""
@@ -190,7 +194,7 @@ def refresh(jobs: Iterable[RootJob]) -> None:
         step = max(1, _workspace(job.factor.device) // (size * size))
         for first in range(0, job.factor.shape[0], step):
             part = job.rows(first, first + step)
-            batches[size, part.factor.device, part.how].append(part)
+            batches[size, part.factor.device, suited(part.how, size, part.factor.device)].append(part)
     for (size, _, how), parts in batches.items():
         for chunk in _chunks(parts, size):
             _refresh_chunk(chunk, how)
@@ -198,7 +202,15 @@ def refresh(jobs: Iterable[RootJob]) -> None:
 
 def _workspace(device: torch.device) -> int:
     """Entries of one chunk of a batched solve; on a CPU they stay in its caches."""
-    return 1 << 21 if device.type == "cpu" else 1 << 24
+    return calibration(device).chunk
+
+
+def suited(how: How, size: int, device: torch.device) -> How:
+    """``how`` with the solver that is the fastest for a size, where the choice was left open."""
+    least = calibration(device).newton_rows
+    if how.auto and least is not None and size >= least and SOLVERS["newton"].takes(how):
+        return replace(how, solver="newton")
+    return how
 
 
 def _chunks(jobs: list[RootJob], size: int) -> Iterable[list[RootJob]]:

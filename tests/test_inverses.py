@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from curvlib import inverses, planes
+from curvlib import inverses
+from curvlib.calibration import KINDS
 
-WAYS = {"by planes": (planes.LEAST, 9), "at once": (3, 20), "in halves": (3, 130), "LAPACK": (2, inverses._LARGE)}
+CPU = KINDS["cpu"]
+WAYS = {"by planes": (CPU.planes_count, 9), "at once": (3, 20), "in halves": (3, 130), "LAPACK": (2, CPU.lapack_rows)}
 
 
 def matrices(n, f, condition, dtype, seed=0):

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 import curvlib
 from curvlib import planes
+from curvlib.calibration import KINDS
 from curvlib.roots import How, solve
 
-B = planes.LEAST
+B = KINDS["cpu"].planes_count
 CPU = torch.device("cpu")
-sizes = st.integers(2, planes.LARGEST)
+sizes = st.integers(2, KINDS["cpu"].planes_rows)
 dtypes = st.sampled_from([torch.float32, torch.float64])
 
 

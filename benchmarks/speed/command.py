@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from ..records import environment
+from .calibrate import run_calibration
 from .cases import CASES
 from .peers import Missing, versions
 from .table import Row, on_screen, write
@@ -30,6 +31,9 @@ def add_speed(commands: Any) -> None:
     speed.add_argument("--threads", type=int, default=2, metavar="N", help="threads for torch (default: 2)")
     speed.add_argument("--repetitions", type=int, default=5, metavar="N", help="pairs of each case (default: 5)")
     speed.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything works")
+    speed.add_argument(
+        "--calibrate", action="store_true", help="instead: draw the table of solvers anew, a file to use"
+    )
     speed.add_argument("--peers", type=Path, metavar="DIR", help="folder with other libraries that are not installed")
     speed.add_argument("--out", type=Path, metavar="DIR", default=Path("results/speed"), help="folder for the table")
 
@@ -43,6 +47,9 @@ def run_speed(options: argparse.Namespace, console: Console) -> None:
     device = _check(options)
     torch.set_num_threads(options.threads)
     setting = Setting(device, options.quick, options.repetitions, options.peers)
+    if options.calibrate:
+        run_calibration(setting, _about(options, device), options.out, console)
+        return
     rows = []
     for name in dict.fromkeys(options.case):
         began = time.perf_counter()

@@ -13,11 +13,13 @@ from rich.console import Console
 
 from benchmarks.cli import main
 from benchmarks.speed import command, peers, timing
+from benchmarks.speed.calibrate import crossing
 from benchmarks.speed.case import Case, at_most, faster
 from benchmarks.speed.cases import CASES
 from benchmarks.speed.limits import Allocations
 from benchmarks.speed.table import COLUMNS
 from benchmarks.speed.timing import Contest, Differs, Setting, Target, measure
+from curvlib.calibration import KINDS, read
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, quick=True, repetitions=1, peers=None)
@@ -177,3 +179,27 @@ def test_the_command_shows_every_case(tmp_path, monkeypatch):
     console = Console(record=True, width=200)
     command.run_speed(options, console)
     assert "Adam, 200 matrices of 16²" in console.export_text()
+
+
+def test_a_calibration_can_be_read_and_leaves_nothing_behind(tmp_path, capsys):
+    before = dict(KINDS)
+    assert main(["speed", "--calibrate", "--quick", "--repetitions", "1", "--out", str(tmp_path)]) == 0
+    file = tmp_path / "calibration.json"
+    assert "CURVLIB_CALIBRATION=" in capsys.readouterr().out
+    assert dict(KINDS) == before
+    content = json.loads(file.read_text())
+    assert content["about"]["hardware"]
+    assert {one["number"] for one in content["measured"]} >= {
+        "halves_rows",
+        "lapack_rows",
+        "planes_rows",
+        "newton_rows",
+    }
+    assert read(file)["cpu"].chunk == before["cpu"].chunk
+
+
+@pytest.mark.parametrize(
+    ("ratios", "found"), [([2.0, 2.0], 1), ([0.5, 2.0], 2), ([2.0, 0.5], None), ([2.0, 0.5, 3.0], 3), ([1.0], None)]
+)
+def test_the_first_size_from_which_on_a_way_is_quicker(ratios, found):
+    assert crossing(range(1, len(ratios) + 1), lambda size: ratios[size - 1], [], "") == found

@@ -1,0 +1,77 @@
+"""Which way of solving is used where: numbers by device, and how a user overrides them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from curvlib import Calibration, CurvatureOptimizer, Damping, Moment, Recipe, Root, calibrate, calibration, roots
+from curvlib.calibration import KINDS, read
+from curvlib.roots import How, chosen, suited
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def numbers(monkeypatch):
+    monkeypatch.setattr(calibration, "KINDS", dict(KINDS))
+    calibration._known.cache_clear()
+    yield
+    calibration._known.cache_clear()
+
+
+def test_open_choices_go_by_size():
+    calibrate({"cpu": Calibration(newton_rows=10)})
+    half = chosen(How(0.5, "auto", torch.float32, largest=True))
+    assert [suited(half, size, CPU).solver for size in (9, 10)] == ["eigh", "newton"]
+    for how in (How(0.5, "eigh", torch.float32), How(1.0, "auto", torch.float32), How(1 / 6, "auto", torch.float32)):
+        assert suited(chosen(how), 100, CPU).solver == chosen(how).solver
+    assert suited(chosen(How(0.5, "auto", torch.float32, outside=True)), 100, CPU).solver == "eigh"
+
+
+def test_an_optimizer_uses_what_is_suited(monkeypatch):
+    asked = []
+    newton = roots.SOLVERS["newton"]
+
+    def watched(matrix, damping, how):
+        asked.append(matrix.shape[-1])
+        return newton.solve(matrix, damping, how)
+
+    monkeypatch.setitem(roots.SOLVERS, "newton", roots.Solver(watched, newton.takes, newton.waits, newton.warm))
+    calibrate({"cpu": Calibration(newton_rows=5)})
+    weight = torch.nn.Parameter(torch.zeros(7, 3))
+    recipe = Recipe("| ,...", Moment(composition="power-mean"), Root(0.5, Damping(0.1)))
+    optimizer = CurvatureOptimizer([weight], recipe, lr=0.1)
+    weight.grad = torch.randn(7, 3)
+    optimizer.step()
+    assert asked == [7]
+    assert optimizer.health().ok
+
+
+def test_a_file_of_a_user(tmp_path, monkeypatch):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"devices": {"cpu": {"newton_rows": 40, "planes_rows": None}}}))
+    assert read(file)["cpu"] == Calibration(None, 1024, KINDS["cpu"].halves_rows, KINDS["cpu"].lapack_rows, 40)
+    monkeypatch.setenv("CURVLIB_CALIBRATION", str(file))
+    assert calibration.calibration(CPU).newton_rows == 40
+    monkeypatch.delenv("CURVLIB_CALIBRATION")
+    calibrate(file)
+    assert calibration.calibration(CPU).newton_rows == 40
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"devices": {"cpu": {"rows": 3}}}', '{"devices": {"cpu": {"chunk": 0}}}', '{"devices": 3}']
+)
+def test_what_is_no_calibration_is_named(tmp_path, content):
+    file = tmp_path / "mine.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"mine\.json is no calibration: "):
+        calibrate(file)
+    with pytest.raises(ValueError, match=r"no\.json is no calibration: "):
+        calibrate(tmp_path / "no.json")
+
+
+def test_unknown_devices_are_taken_for_accelerators():
+    assert calibration.calibration(torch.device("meta")) == KINDS["cuda"]
