@@ -12,7 +12,7 @@ which is known in closed form; from [1 - ε, 1 + ε], where it leaves them, the 
 
 which ends as Newton and Schulz's c_1 = 3/2, c_3 = -1/2. Coefficients are of each matrix, on its device, and the number of
 steps depends on the dtype alone, so that nothing waits. p = 1/4, 1/8, … are roots of Y. The iteration loses c·κ·u, eigh in
-float32 as many digits or more; it is worth its 20 to 40 products where these are fast and eigendecompositions slow, as on GPUs.
+float32 as many digits or more; it is worth its 20 to 40 products where these are fast and eigendecompositions slow (GPUs).
 """
 
 from __future__ import annotations

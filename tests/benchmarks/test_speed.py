@@ -174,7 +174,7 @@ def test_a_gpu_is_asked_for_its_own_numbers():
 def test_the_command_shows_every_case(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "CASES", {"one": CASES["adam-200x16"]})
     options = argparse.Namespace(
-        case=["one"], device="cpu", threads=1, repetitions=1, quick=True, peers=None, out=tmp_path
+        case=["one"], device="cpu", threads=1, repetitions=1, quick=True, calibrate=False, peers=None, out=tmp_path
     )
     console = Console(record=True, width=200)
     command.run_speed(options, console)
