@@ -404,6 +404,15 @@ METHODS: dict[str, Method] = {
             },
         ),
         Method(
+            "full-adagrad",
+            "Full-matrix AdaGrad, chunks of 256",
+            curvlib.FullAdagrad,
+            "#332288",
+            "--",
+            {"digits-autoencoder": {"lr": 3e-2}, "digits-cnn": {"lr": 3e-2}},
+            {"block_size": 256, "refresh_every": 10},
+        ),
+        Method(
             "adam",
             "Adam",
             curvlib.Adam,

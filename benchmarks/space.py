@@ -128,8 +128,8 @@ SPACES: Mapping[str, Space] = {
     "sophia": {"lr": _LR, "rho": Range(1e-3, 1.0)},
     "sophia-h": {"lr": _LR, "gamma": Range(1e-3, 1.0)},
     "adafactor": {"lr": _LARGE},
-    "kbfgs": {"lr": Range(1e-2, 10.0), "damping": Range(1e-2, 1.0)},
-    "kbfgs-l": {"lr": Range(1e-2, 10.0), "damping": Range(1e-2, 1.0)},
+    "kbfgs": {"lr": Range(1e-2, 10.0), "damping": Range(1e-2, 0.9)},  # below 1
+    "kbfgs-l": {"lr": Range(1e-2, 10.0), "damping": Range(1e-2, 0.9)},
     "singd": {"lr": _LR, "damping": Range(1e-4, 1e-1)},
     "psgd": {"lr": _LR},
     "adahessian": {"lr": Range(1e-2, 1.0), "eps": Range(1e-5, 1e-2)},
@@ -137,6 +137,7 @@ SPACES: Mapping[str, Space] = {
     "layerwise-adamw": {"largest": Range(1e-3, 1e-1), "damping": Range(1e-4, 1e-1)},
     "rmsprop": {"lr": _LR},
     "adagrad": {"lr": _LARGE},
+    "full-adagrad": {"lr": _LARGE},
     "adam": {"lr": _LR, "eps": _EPS},
     "sgd": {"lr": _LARGE},
 }

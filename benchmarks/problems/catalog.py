@@ -60,7 +60,7 @@ register(
         reconstruction,
         "bernoulli",
         batch_size=128,
-        epochs=40,
+        epochs=120,
         target=Target("train", 20.0),
         metric=LOGIT_ERROR,
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal, Unpack
 from torch import Tensor, nn
 
 from ..blocks import DIAGONAL, FULL_LAYER
-from ..checks import Flags, check_choice
+from ..checks import Flags, check_choice, check_count
 from ..layers import Slot
 from ..optimizer import CurvatureOptimizer
 from ..recipe import Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule
@@ -224,6 +224,7 @@ class FullAdagrad(CurvatureOptimizer):
         lr: step size.
         damping: λ.
         weight_decay: decoupled.
+        block_size: chunks of at most so many entries, in row-major order, instead of whole parameters; ``None`` for no limit.
         refresh_every: in steps.
         maximize: ascend instead.
         model: see :class:`CurvatureOptimizer`.
@@ -237,6 +238,7 @@ class FullAdagrad(CurvatureOptimizer):
         *,
         damping: float | Callable[[int], float] = 1e-8,
         weight_decay: float = 0.0,
+        block_size: int | None = None,
         refresh_every: int = 1,
         maximize: bool = False,
         model: nn.Module | None = None,
@@ -250,12 +252,16 @@ class FullAdagrad(CurvatureOptimizer):
             maximize=maximize,
             model=model,
             damping=damping,
+            block_size=block_size,
             refresh_every=refresh_every,
             **flags,
         )
 
 
-def full_adagrad(damping: float, refresh_every: int) -> Table:
+def full_adagrad(damping: float, block_size: int | None, refresh_every: int) -> Table:
     """Everything: the dense sum of second moments, to the power -1/2."""
+    if block_size is not None:
+        check_count("block_size", block_size)
+    partition = FULL_LAYER if block_size is None else f"| (...)/{block_size}"
     root = Root(0.5, Damping(damping))
-    return (Route(Recipe(FULL_LAYER, Moment(average="sum"), root, schedule=Schedule(refresh=refresh_every))),)
+    return (Route(Recipe(partition, Moment(average="sum"), root, schedule=Schedule(refresh=refresh_every))),)
