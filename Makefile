@@ -11,8 +11,9 @@ study: $(VENV)/.study
 lab: $(VENV)/.study
 	$(BIN)/python -m benchmarks lab
 
+# Each file of tests in one process, several files at once.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile
 
 # Other projects' tests, where SUITES is a folder that has them; see CONTRIBUTING.md.
 SUITES ?= suites
