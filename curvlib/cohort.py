@@ -185,7 +185,7 @@ class Cohort:
         self.gradient = self.gradients(groups, gate)
         momentum = self.recipe.rule.momentum
         self.reference = self.gradient
-        if momentum is not None and not momentum.after:
+        if momentum is not None and not momentum.after and not momentum.inside:
             buffer, packed = self.state["momentum"], self.bucket.packed
             self.reference = rules.apply_momentum(buffer, self.gradient, momentum, self.step, packed, gate)
         if self.bucket.block is not None and self.recipe.schedule.takes_statistics(self.step):
@@ -211,12 +211,24 @@ class Cohort:
 
     def correct(self) -> None:
         """Average in what lives in the roots, if statistics were due; after the refresh."""
+        block = self.bucket.block
+        if self._inside:
+            assert block is not None
+            source = self.gradient if self.averaged is None else self.averaged[0]
+            self.reference = [block.turn(self.state, source[0])]
         if self.averaged is None:
             return
-        block, (source, keep, gain) = self.bucket.block, self.averaged
+        source, keep, gain = self.averaged
+        source = self.reference if self._inside else source
         assert block is not None
         with unbroken:
             block.correct(self.state, source[0] if self.bucket.packed else source, self.recipe, keep, gain, self.scale)
+
+    @property
+    def _inside(self) -> bool:
+        """Whether momentum is kept in the block's bases."""
+        momentum = self.recipe.rule.momentum
+        return momentum is not None and momentum.inside
 
     def remember(self) -> None:
         """Keep the parameters of before the step, for a block that follows it."""
@@ -335,6 +347,12 @@ class Cohort:
         if block is not None:
             operand = self.reference[0] if packed else self.reference
             exponent = float(self.recipe.root.exponent)
+            if self._inside and rule.momentum is not None:
+                (operand,) = rules.apply_momentum(
+                    self.state["momentum"], self.reference, rule.momentum, self.step, packed, gate
+                )
+                divided = block.divide(self.state, operand, self.recipe, exponent, self.scale)
+                return [block.turn(self.state, divided, back=True)]
             applied = block.apply(self.state, operand, self.recipe, exponent, self.scale)
             direction = [applied] if packed else applied
         if rule.grafting is not None:

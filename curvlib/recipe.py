@@ -325,8 +325,21 @@ class Recipe:
                 raise ValueError(
                     f"{name}={value!r} means nothing to {whose}; leave it out, or choose a block that uses it"
                 )
-        if self.moment.of == "momentum" and (self.rule.momentum is None or self.rule.momentum.after):
+        momentum = self.rule.momentum
+        if self.moment.of == "momentum" and (momentum is None or momentum.after or momentum.inside):
             raise ValueError("of='momentum' needs a rule with momentum before preconditioning")
+        if momentum is not None and momentum.inside:
+            self._check_inside()
+
+    def _check_inside(self) -> None:
+        """Momentum in a block's bases can't be compared with what lies outside of them."""
+        if not getattr(self.block, "turns", False):
+            whose = "the standard block" if self.block is None else self.block.__name__
+            raise ValueError(f"momentum inside needs a block that turns, such as EigenbasisBlock; got {whose}")
+        rule = self.rule
+        unfit = {"grafting": rule.grafting, "finish": rule.finish, "clip": rule.clip, "model": rule.model}
+        if some := [name for name, value in unfit.items() if value]:
+            raise ValueError(f"momentum inside goes without {', '.join(some)}; set inside=False")
 
     @property
     def cut(self) -> Partition:

@@ -55,6 +55,7 @@ class How:
             factor has no signal yet: its root is the identity. ``None`` where the damping is absolute.
         tolerance: largest residual of a root that is used.
         basis: eigenvectors and eigenvalues are wanted instead of a root.
+        estimates: of a basis: estimates of the eigenvalues are enough.
         auto: the solver may be another one, where that is faster, see :mod:`curvlib.calibration`.
     """
 
@@ -66,6 +67,7 @@ class How:
     floor: float | None = None
     tolerance: float = 0.1
     basis: bool = False
+    estimates: bool = False
     auto: bool = False
 
     @property
@@ -396,11 +398,14 @@ def _eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _qr(matrix: Tensor, damping: Tensor, how: How, previous: Tensor) -> Solution:
-    matrix = _symmetric(matrix)
     moved = matrix @ previous
-    order = (previous * moved).sum(-2).argsort(-1, descending=True)  # the iteration converges column by column
-    basis = torch.linalg.qr(moved.gather(-1, order[:, None, :].expand_as(moved)))[0]
-    values = ((matrix @ basis) * basis).sum(-2)
+    order = torch.linalg.vecdot(previous, moved, dim=-2).argsort(-1, descending=True)  # it converges column by column
+    reflectors, tau = torch.geqrf(moved.gather(-1, order[:, None, :].expand_as(moved)))
+    basis = torch.linalg.householder_product(reflectors, tau)
+    if how.estimates and how.tolerance >= 1:
+        values = reflectors.diagonal(dim1=-2, dim2=-1).abs()  # of R = QᵀF Q_previous, which tends to Λ
+    else:
+        values = torch.linalg.vecdot(matrix @ basis, basis, dim=-2)
     norm = matrix.norm(dim=(-2, -1)).clamp_min(torch.finfo(matrix.dtype).tiny)
     # An orthogonal Q keeps the norm, so that what is left off the diagonal of QᵀFQ is known without it.
     residual = (1 - (values / norm[:, None]).square().sum(-1)).clamp_min(0).sqrt()

@@ -26,6 +26,8 @@ class Momentum:
         dampening: of a heavy ball, as in torch.optim.SGD: not applied to the first gradient.
         debias: divide an EMA by 1 - μ^t.
         mix: use ν M + (1-ν) g of the average as it was before this step, and average with μ afterwards (Lion).
+        inside: keep the average of gradients in the bases in which the block divides, and turn it with them; the same
+            mathematics, without turning an average into them at every step. For blocks that ``turn``, such as SOAP's.
     """
 
     beta: Number = 0.9
@@ -35,9 +37,12 @@ class Momentum:
     dampening: Number = 0.0
     debias: bool = False
     mix: Number | None = None
+    inside: bool = False
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("heavy-ball", "ema"))
+        if self.inside and self.after:
+            raise ValueError("momentum inside is of gradients; set after=False")
         if self.mix is not None:
             check_number("mix", self.mix, high=1.0)
             if self.kind != "ema" or self.nesterov or self.debias:

@@ -131,6 +131,7 @@ class Block:
             another is solved for.
         rowwise: whether blocks know nothing of each other (but for a damping relative to the layer), so that the rows of an
             operand whose first axis numbers blocks may be treated apart.
+        turns: whether it divides in bases of its own, in which momentum may be kept, see :meth:`turn`.
         recalls: whether :meth:`collect` reads what was held after the last step, ``sums.held``.
         uses: of the settings that few structures know, those that this one does: ``"window"``, ``"tracking"``.
         damps: what an absolute damping λ is added to: the ``"whole"`` curvature, so that ``apply`` is (curvature + λI)^-p;
@@ -141,6 +142,7 @@ class Block:
     again: ClassVar[bool] = False
     looks: ClassVar[int] = 1
     rowwise: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
     recalls: ClassVar[bool] = False
     uses: ClassVar[frozenset[str]] = frozenset()
     damps: ClassVar[Literal["whole", "factors"]] = "whole"
@@ -240,12 +242,24 @@ class Block:
 
         Args:
             state: name -> ``[n, *shape]``.
-            operand: the gradients, ``[n, *layout.shape]``.
+            operand: the gradients, ``[n, *layout.shape]``; turned, where the recipe keeps momentum inside.
             recipe: the numbers of this step.
             keep: weight of the old value, a number or a 0-d tensor.
             gain: weight of the new one.
             scale: what the stored average is multiplied by.
         """
+
+    def turn(self, state: State, operand: Tensor, back: bool = False) -> Tensor:
+        """A batch of operands in the bases in which the block divides, or back from them; for blocks that ``turn``.
+
+        Where the recipe keeps momentum inside, the state has it, ``state["momentum"][0]``; whenever a basis changes, the
+        block turns it along (see :class:`~curvlib.roots.RootJob`, ``moved``).
+        """
+        raise _missing(self, "turn")
+
+    def divide(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
+        """What :meth:`apply` does between turning and turning back, for blocks that ``turn``."""
+        raise _missing(self, "divide")
 
     def follow(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -30,6 +31,8 @@ class EigenBlock(StandardBlock):
     """
 
     damps: ClassVar[Literal["whole", "factors"]] = "whole"
+    reads_values: ClassVar[bool] = True
+    """Whether eigenvalues are used, so that they must be as good as the vectors."""
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)
@@ -55,6 +58,7 @@ class EigenBlock(StandardBlock):
                 basis = state[f"basis_{place.name}"].flatten(0, 1)
                 residual, kept = (state[f"{what}_{place.name}"].flatten() for what in ("residual", "kept"))
                 moved = self._moved(state, place)
+                how = replace(how, estimates=not self.reads_values)
                 yield RootJob(factor, factor_scale, 0.0, how, basis, residual, kept, values, moved)
 
     def _moved(self, state: State, place: Place) -> Moved | None:

@@ -23,15 +23,6 @@ from .eigen import EigenBlock, damped_power
 from .standard import Place, diagonal, gathered, mode_product, put_in_place, scattered
 
 
-def _overlap(old: Tensor, new: Tensor) -> Tensor:
-    """(q_new · q_old)², by which a diagonal moves from one basis to another, ``[B, f, f]``.
-
-    The diagonal of QᵀQ' D Q'ᵀQ is this times D's: whatever the signs and the order of the vectors, a second moment stays with
-    its directions, and keeps its sum.
-    """
-    return (new.mT @ old).square()
-
-
 class EigenbasisBlock(EigenBlock):
     """The curvature (⊗ Q_i) diag(s) (⊗ Q_i)ᵀ: eigenvectors of the factors, and the best diagonal in their basis.
 
@@ -41,15 +32,20 @@ class EigenbasisBlock(EigenBlock):
         (curvature + λI)^-p g = (⊗ Q_i) (s + λ)^-p (⊗ Q_i)ᵀ g
 
     g are the batch gradients, or those of single examples where the moment listens to layers. State, beside that of the
-    eigen block: ``second_{region}``. When a basis changes, s is carried over by the squared overlaps of old and new vectors.
+    eigen block: ``second_{region}``. When a basis changes, s is carried over by the squared overlaps (q_new · q_old)², since
+    the diagonal of QᵀQ' D Q'ᵀQ is their matrix times D's: whatever the signs and the order of the vectors, a second moment
+    stays with its directions, and keeps its sum.
     """
 
     looks: ClassVar[int] = 2
     recalls: ClassVar[bool] = True
+    turns: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
 
     def __init__(self, layout: Layout, recipe: Recipe) -> None:
         super().__init__(layout, recipe)
         self._listens = recipe.moment.listens
+        self._inside = recipe.rule.momentum is not None and recipe.rule.momentum.inside
 
     def spec(self) -> dict[str, Spec]:
         """Factors and bases, and a second moment ``[blocks, *factor sizes]`` for every region."""
@@ -64,17 +60,34 @@ class EigenbasisBlock(EigenBlock):
         return partial(self._carry, state, place)
 
     def _carry(self, state: State, place: Place, first: int, old: Tensor, new: Tensor) -> None:
-        """Carry second moments over to some new bases of a factor."""
-        for index, (region, places) in enumerate(zip(self.layout.regions, self._places, strict=True)):
-            if place not in places:
-                continue
+        """Carry second moments, and momentum that is kept here, over to some new bases of a factor."""
+        turn = new.mT @ old
+        if self._inside:
+            momentum = state["momentum"][0]
+            blocks = self.layout.block(momentum)
+            for index, block in enumerate(blocks):
+                self._carry_(block, index, place, first, turn)
+            moved = self.layout.unblock(blocks, momentum)
+            if moved.data_ptr() != momentum.data_ptr():  # blocks that are no views
+                momentum.copy_(moved)
+        overlap = turn.square_()
+        for index in range(len(self.layout.regions)):
             second = state[f"second_{index}"].flatten(0, 1)
-            overlap = _overlap(old.to(second.dtype), new.to(second.dtype))
-            apart = gathered(second[:, None], region, place)  # rows blocks-that-share ties=1 f1 f2 …
-            part = apart[first : first + old.shape[0]]
-            moved = mode_product(part.flatten(1, 2), overlap, place.number)
-            apart = torch.cat([apart[:first], moved.view(part.shape), apart[first + old.shape[0] :]])
-            second.copy_(scattered(apart, region, place, second[:, None])[:, 0])
+            self._carry_(second[:, None], index, place, first, overlap.to(second.dtype))
+
+    def _carry_(self, value: Tensor, index: int, place: Place, first: int, matrix: Tensor) -> None:
+        """Multiply some rows of a factor's mode, in place; ``value`` is ``[n * blocks, ties, *factor sizes]``."""
+        region = self.layout.regions[index]
+        if place not in self._places[index]:
+            return
+        last = first + matrix.shape[0]
+        if all(place.carried):
+            value[first:last] = mode_product(value[first:last], matrix, place.number)
+            return
+        apart = gathered(value, region, place).clone()  # rows blocks-that-share ties f1 f2 …
+        part = apart[first:last]
+        apart[first:last] = mode_product(part.flatten(1, 2), matrix, place.number).view(part.shape)
+        value.copy_(scattered(apart, region, place, value))
 
     def collect(self, sums: Sums, signals: Sequence[Signal], recipe: Recipe) -> None:
         """Add the factors' moments, and the squares of single examples' gradients in the bases of the last step."""
@@ -115,19 +128,36 @@ class EigenbasisBlock(EigenBlock):
             self._square(state, operand, keep, gain)
 
     def _square(self, state: State, operand: Tensor, keep: Weight, gain: Weight) -> None:
-        for index, block in enumerate(self.layout.block(operand)):
-            rotated = self._multiplied(index, block, ((p, basis.mT) for p, basis in self._bases(state, index)))
-            second = state[f"second_{index}"].flatten(0, 1)
-            flush_subnormals_(second.mul_(keep).add_(rotated.square().mean(1) * gain))
+        turned = operand if self._inside else self.turn(state, operand)
+        for index, block in enumerate(self.layout.block(turned)):
+            second = state[f"second_{index}"].flatten(0, 1).mul_(keep)
+            if block.shape[1] == 1 and not isinstance(gain, Tensor):
+                second.addcmul_(block[:, 0], block[:, 0], value=gain)
+            else:
+                second.add_(block.square().mean(1) * gain)
+            flush_subnormals_(second)
+
+    def turn(self, state: State, operand: Tensor, back: bool = False) -> Tensor:
+        """×_i Q_iᵀ, or ×_i Q_i."""
+        turned = [
+            self._multiplied(index, block, ((p, basis if back else basis.mT) for p, basis in self._bases(state, index)))
+            for index, block in enumerate(self.layout.block(operand))
+        ]
+        return self.layout.unblock(turned, operand)
 
     def apply(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
         """Rotate into the eigenbases, divide by the second moment, rotate back."""
-        directions = []
+        divided = self.divide(state, self.turn(state, operand), recipe, exponent, scale)
+        return self.turn(state, divided, back=True)
+
+    def divide(self, state: State, operand: Tensor, recipe: Recipe, exponent: float, scale: float) -> Tensor:
+        """Divide by the second moment in the eigenbases."""
+        divided = []
         for index, block in enumerate(self.layout.block(operand)):
             second = state[f"second_{index}"].flatten(0, 1) * scale
             power = damped_power(second, recipe.damping, exponent, self.layout.regions[index].blocks)
-            directions.append(self._in_bases(index, block, self._bases(state, index), power))
-        return self.layout.unblock(directions, operand)
+            divided.append(power[:, None] * block)
+        return self.layout.unblock(divided, operand)
 
     def dense(self, state: State, recipe: Recipe, scale: float) -> Tensor:
         """(⊗ Q_i) diag(s) (⊗ Q_i)ᵀ, put in place."""
@@ -198,7 +228,7 @@ class LikelihoodBlock(EigenBlock):
     def _carry(state: State, place: Place, first: int, old: Tensor, new: Tensor) -> None:
         """Carry eigenvalues over to new bases."""
         whiten = state[f"whiten_{place.name}"].flatten(0, 1)[first : first + old.shape[0]]
-        overlap = _overlap(old.to(whiten.dtype), new.to(whiten.dtype))
+        overlap = (new.mT @ old).square().to(whiten.dtype)
         moved = (overlap @ whiten[..., None] ** -2)[..., 0] ** -0.5
         whiten.copy_(torch.where(whiten > 0, moved, whiten))
 

@@ -27,7 +27,7 @@ class SOAP(CurvatureOptimizer):
         d    = (m̂ ×_1 Q_1ᵀ … ×_k Q_kᵀ) / (√v̂ + ε) ×_1 Q_1 … ×_k Q_k
         w   <- (1 - lr·weight_decay) w - lr d
 
-    with m̂, v̂ divided by 1 - β^n. Vectors have Adam. Unlike the authors' code, the basis of a step knows its gradient, so that
+    with m̂, v̂ divided by 1 - β^n. m is kept in the bases, as in the authors' code, and turned with them. Vectors have Adam. Unlike the authors' code, the basis of a step knows its gradient, so that
     no first step is skipped; and v is carried over by the squared overlaps of old and new vectors, where theirs follows
     the order of the vectors alone. Theirs leaves axes above 10,000 entries alone; here axes are cut in blocks.
 
@@ -90,14 +90,14 @@ def soap(
 ) -> Table:
     """Vectors: Adam's diagonal; convolutions and everything else: a diagonal in the basis of every axis' factor."""
     check_choice("basis", basis, ("qr", "eigh"))
-    rule = Rule(Momentum(betas[0], "ema", debias=True))
+    rule, inside = (Rule(Momentum(betas[0], "ema", debias=True, inside=inside)) for inside in (False, True))
     root = Root(0.5, Damping(eps, outside=True))
 
     def recipe(partition: str) -> Recipe:
         moment = Moment(beta=betas[1], debias=True, composition="trace")
         schedule = Schedule(refresh=refresh_every)
         return Recipe(
-            partition, moment, Root(0.5, root.damping, basis, tolerance=1.0), rule, schedule, block=EigenbasisBlock
+            partition, moment, Root(0.5, root.damping, basis, tolerance=1.0), inside, schedule, block=EigenbasisBlock
         )
 
     diagonal = Recipe(DIAGONAL, Moment(beta=betas[1], debias=True), root, rule)
