@@ -2,77 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from .answers import ratios
+from .folders import held
 from .intervals import Interval
-from .records import Record, RecordError, Results
-from .sections import Quantity, sections
+from .records import Record, RecordError
+from .sections import Quantity, Section, sections
 from .summary import interval_cell
+from .terminal import Strip, say, show_table
 
-_HEADINGS = ("Problem", "Method", "Runs", "Equal", "Train loss", "Held-out loss", "Step time", "Memory")
 _LOSSES = (Quantity("train", "training loss"), Quantity("test", "held-out loss"))
+_PURPOSES = {"report": "", "tuning": ", trials of tuning"}
+
+Pair = tuple[Record, Record]
 
 
 def compare(before: Path, after: Path, console: Console) -> None:
-    """Print a row for every method on every problem, over the runs that both folders hold.
+    """Print tables with a row for every method, over the runs that both folders hold; trials of tuning have their own.
 
     Runs are paired by what was run: settings, seed and budget. "Equal" are those whose numbers agree to the last digit.
 
     Raises:
         RecordError: where a folder holds no runs, or none that the other holds, too.
     """
-    folders = [_records(folder) for folder in (before, after)]
-    keys = [{record.spec.key for record in records} for records in folders]
-    if not keys[0] & keys[1]:
+    folders = [held(folder) for folder in (before, after)]
+    keys = [{record.spec.key: record for record in records} for records in folders]
+    pairs = {key: (keys[0][key], keys[1][key]) for key in keys[0] if key in keys[1]}
+    if not pairs:
         raise RecordError(
             f"{before} and {after} have no run in common: they must agree in problem, method, settings, seed and budget"
         )
-    table = compared(*folders)
-    table.title = f"{_versions(folders[1])} in {after} over {_versions(folders[0])} in {before}"
-    console.print(table)
-    alone = [len(mine - other) for mine, other in (keys, keys[::-1])]
+    say(f"{_versions(folders[1])} in {after} over {_versions(folders[0])} in {before}", console, "bold")
+    for purpose, addition in _PURPOSES.items():
+        for section in sections([old for old, _ in pairs.values() if old.spec.purpose == purpose]):
+            say(f"{section.title}, {section.budget}{addition}", console, "table.title")
+            show_table(compared(section, pairs), console)
+    say("Medians of ratios, the second folder over the first, with 95 % intervals.", console)
+    alone = [len(mine.keys() - other.keys()) for mine, other in (keys, keys[::-1])]
     if any(alone):
-        text = f"Only in {before}: {alone[0]} runs; only in {after}: {alone[1]}."
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(f"Only in {before}: {alone[0]} runs; only in {after}: {alone[1]}.", console)
 
 
-def compared(first: Sequence[Record], second: Sequence[Record]) -> Table:
-    """Ratios of the second to the first, of final losses, step time and memory: medians of pairs with 95 % intervals."""
-    others = {record.spec.key: record for record in second}
-    pairs = {one.spec.key: (one, others[one.spec.key]) for one in first if one.spec.key in others}
-    table = Table(title="Second over first", title_justify="left", caption="Medians of ratios with 95 % intervals.")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading in _HEADINGS[:2] else "right")
-    for section in sections([one for one, _ in pairs.values()]):
-        for entry in section.entries:
-            same = [pairs[record.spec.key] for record in entry.records]
-            found = {
-                **{one.title: ratios((one.final(new), one.final(old)) for old, new in same) for one in _LOSSES},
-                "step": ratios((new.step_seconds, old.step_seconds) for old, new in same),
-                "memory": ratios((new.memory, old.memory) for old, new in same),
-            }
-            equal = sum(old.reproducible() == new.reproducible() for old, new in same)
-            names = (Text(section.title), Text(entry.title), str(len(same)), str(equal))
-            table.add_row(*names, *_spreads(found))
-    return table
+def compared(section: Section, pairs: dict[str, Pair]) -> list[Strip]:
+    """Ratios of the second to the first, of final losses, step time and memory, as columns of a table."""
+    mine = [[pairs[record.spec.key] for record in entry.records] for entry in section.entries]
+    spreads = {
+        one.title: [ratios((one.final(new), one.final(old)) for old, new in same) for same in mine] for one in _LOSSES
+    }
+    spreads["step time"] = [ratios((new.step_seconds, old.step_seconds) for old, new in same) for same in mine]
+    spreads["memory"] = [ratios((new.memory, old.memory) for old, new in same) for same in mine]
+    equal = [sum(old.reproducible() == new.reproducible() for old, new in same) for same in mine]
+    return [
+        Strip("Method", [entry.title for entry in section.entries], words=True, left=True),
+        Strip("Runs", [str(len(same)) for same in mine]),
+        Strip("Equal", list(map(str, equal))),
+        *(Strip(title.capitalize(), list(map(_spread, values))) for title, values in spreads.items()),
+    ]
 
 
-def _spreads(found: Mapping[str, Interval]) -> list[str]:
-    cells = [interval_cell(value, "{:.3f}") for value in found.values()]
-    return [f"× {cell.text}" + (f" ({cell.detail})" if cell.detail else "") for cell in cells]
-
-
-def _records(folder: Path) -> list[Record]:
-    found = Results(folder).records()
-    if not found:
-        raise RecordError(f"{folder} holds no finished runs (expected {folder}/records.jsonl)")
-    return found
+def _spread(value: Interval) -> str:
+    cell = interval_cell(value, "{:.3f}")
+    return f"× {cell.text}" + (f" ({cell.detail})" if cell.detail else "")
 
 
 def _versions(records: Sequence[Record]) -> str:

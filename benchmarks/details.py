@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from .records import Record
-from .sections import Entry, Quantity, Section, settings_text
+from .sections import Entry, Quantity, Section, settings_text, told
 from .summary import bytes_text, time_text
 
 _DASHES = {"-": "", "--": "7 3", ":": "2 2", "-.": "7 2 2 2"}
@@ -68,12 +68,13 @@ def _run(section: Section, entry: Entry, record: Record, known: dict[str, int]) 
     parts = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in record.parts.items())
     number = known[_text(record)]
     facts = {
-        "Settings": settings_text(spec.settings) or "the optimizer's defaults",
-        "Budget": section.budget,
+        "Settings": settings_text(told(spec)) or "the optimizer's defaults",
+        "Budget": spec.budget,
         "At the end": f"{last.step} steps, {time_text(last.seconds)}, {ends}",
         "Parts of the time": parts,
         "Memory": f"state {bytes_text(record.memory)}" + (f", peak {bytes_text(record.peak)}" if record.peak else ""),
         "Data": record.note,
+        "Warnings": " ".join(record.warnings),
         "Record": spec.key,
     }
     listed = "".join(f"<li>{name}: {html.escape(text)}</li>" for name, text in facts.items() if text)

@@ -16,12 +16,13 @@ import torch
 _PACKAGES = ("torch", "numpy", "einops", "opt_einsum")
 
 
-def environment(device: str = "cpu", module: str = "") -> dict[str, Any]:
-    """Code version, packages, hardware, threads and precision of this process.
+def environment(device: str = "cpu", module: str = "", jobs: int = 1) -> dict[str, Any]:
+    """Code version, packages, hardware, threads and precision of this process, and how many share the machine.
 
     Args:
         device: on which a run is.
         module: of an optimizer from another package, whose version is told too.
+        jobs: processes of the study that run at once.
     """
     import curvlib
 
@@ -38,6 +39,7 @@ def environment(device: str = "cpu", module: str = "") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
+        "jobs": jobs,
         "precision": _precision(device),
     }
 

@@ -7,11 +7,14 @@ disk before a run counts as done. Folders are merged by ``cat a/records.jsonl >>
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +29,8 @@ PARTS = ("forward and backward", "statistics", "refresh", "precondition and appl
 """What the training time of a run is split into."""
 
 BUDGETS = ("epochs", "steps", "seconds")
-_MEASURED = ("step_seconds", "parts", "peak", "environment", "note")
+_ABANDONED = 3600.0  # seconds after which nobody is still writing a file
+_MEASURED = ("step_seconds", "parts", "peak", "environment", "note", "warnings")
 
 
 class RecordError(ValueError):
@@ -45,7 +49,9 @@ class Spec:
         epochs: the budget ...
         steps: ... or this ...
         seconds: ... or this, of training.
-        purpose: ``"tuning"`` for a run that a search made to choose settings.
+        schedule: the fields of a :class:`~benchmarks.plan.Schedule`, where step sizes do not fall as the problem has it.
+        purpose: ``"tuning"`` for a run that a search made to choose settings; it is judged on validation data where the
+            problem has such.
 
     Raises:
         RecordError: for settings that cannot be written down, and for no budget or several.
@@ -58,6 +64,7 @@ class Spec:
     epochs: int | None = None
     steps: int | None = None
     seconds: float | None = None
+    schedule: Mapping[str, float] | None = None
     purpose: Literal["report", "tuning"] = "report"
 
     def __post_init__(self) -> None:
@@ -77,9 +84,20 @@ class Spec:
         return {name: value for name, value in named.items() if value is not None and (name, value) != _REPORT}
 
     @property
+    def length(self) -> tuple[float, str]:
+        """The budget and its unit, such as ``(20, "epochs")``."""
+        return next((value, name) for name in BUDGETS if (value := getattr(self, name)) is not None)
+
+    @property
     def budget(self) -> str:
         """Such as ``"20 epochs"``."""
-        return next(f"{value:g} {name}" for name in BUDGETS if (value := getattr(self, name)) is not None)
+        amount, unit = self.length
+        return f"{amount:g} {unit}"
+
+    @property
+    def course(self) -> dict[str, Any]:
+        """Budget and schedule, by name."""
+        return {name: value for name, value in self.content().items() if name in (*BUDGETS, "schedule")}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Spec) and self.content() == other.content()
@@ -123,7 +141,8 @@ class Record:
         environment: versions, hardware, threads, precision.
         parts: training time in seconds by :data:`PARTS`; it adds up to that of the last point.
         peak: most bytes that the process (or GPU) held during the run.
-        note: what a reader must know of it.
+        note: what a reader must know of its data.
+        warnings: what was warned of in the run, or is to be known of how it went.
     """
 
     spec: Spec
@@ -135,6 +154,7 @@ class Record:
     parts: Mapping[str, float] = field(default_factory=dict)
     peak: int = 0
     note: str = ""
+    warnings: Sequence[str] = ()
 
     def line(self) -> str:
         """The record as one line of JSON, which has no word for what is not finite but texts."""
@@ -253,8 +273,8 @@ class Results:
     def leave(self, spec: Spec, lock: FileLock) -> None:
         """Give the lock of a run back; where that is done, what was kept for it goes too."""
         if spec.key in self._records:
-            self.checkpoint(spec).unlink(missing_ok=True)
-            Path(lock.lock_file).unlink(missing_ok=True)
+            for file in (self.checkpoint(spec), *_partials(self.checkpoint(spec)), Path(lock.lock_file)):
+                file.unlink(missing_ok=True)
         lock.release()
 
 
@@ -275,6 +295,10 @@ def write_whole(file: Path, content: bytes) -> None:
         RecordError: where the disk is full; what was there before is unharmed.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    for left in _partials(file):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as opened:
@@ -285,6 +309,11 @@ def write_whole(file: Path, content: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise unwritten(file, error) from None
+
+
+def _partials(file: Path) -> list[Path]:
+    """What processes that write a file have begun, or had when they were killed."""
+    return list(file.parent.glob(f"{glob.escape(file.name)}.*.partial"))
 
 
 def _append(file: Path, line: bytes) -> None:

@@ -13,12 +13,14 @@ from curvlib.analysis.figures import as_svg
 
 from . import figures
 from .answers import Trial, costs, profiles, reference, to_target, trials
+from .caveats import caveats
 from .details import environments, runs, swatch
 from .methods import title_of
 from .page import Cell, figure, note, page, table
 from .records import Record, RecordError, write_whole
 from .sections import Entry, Section, sections, settings_text
-from .summary import Row, columns, curves_csv, interval_cell, runs_csv, summarize, summary_csv, time_text
+from .study import Chosen
+from .summary import Row, columns, curves_csv, interval_cell, runs_csv, summarize, summary_csv, time_text, used
 
 _LEAD = (
     "Within a seed all methods start from the same weights and see the same batches. The clock stops during evaluations. "
@@ -44,14 +46,26 @@ _BEST = (
 _SENSITIVITY = "Every dot is a trial of tuning. Lines go through the best trial with each value of the setting."
 
 
+def _adam(found: Sequence[Section]) -> str:
+    """What is meant by Adam, where there is one."""
+    titles = dict.fromkeys(adam.title for section in found if (adam := reference(section)) is not None)
+    return _ADAM.format(html.escape(" or ".join(titles))) if titles else ""
+
+
 _ADAM = (
-    '<p class="source">“Adam would need” is how much longer tuned Adam takes to the loss at which a method ends: '
+    '<p class="source">“Adam would need” is how much longer Adam (here: {}) takes to the loss at which a method ends: '
     "read off Adam's own curve where it gets there; marked “(fit)” where it does not, by extrapolating the power law "
     "a·D<sup>−b</sup> + c fitted to the last nine tenths of it; “&gt;” where even ten times Adam's budget would not do.</p>"
 )
 
 
-def write_report(records: Sequence[Record], folder: Path, title: str, tuning: Sequence[Record] = ()) -> Path:
+def write_report(
+    records: Sequence[Record],
+    folder: Path,
+    title: str,
+    tuning: Sequence[Record] = (),
+    chosen: Sequence[Chosen] = (),
+) -> Path:
     """Write ``index.html``, ``summary.csv``, ``runs.csv``, ``curves.csv`` and the figures; returns the page.
 
     Args:
@@ -59,6 +73,7 @@ def write_report(records: Sequence[Record], folder: Path, title: str, tuning: Se
         folder: where to.
         title: of the page.
         tuning: finished runs on the tuning seeds, which no result is drawn from.
+        chosen: what tuning came to.
 
     Raises:
         RecordError: where there is nothing to report.
@@ -74,8 +89,8 @@ def write_report(records: Sequence[Record], folder: Path, title: str, tuning: Se
         _notes([*found, *tried]),
         _navigation(found, tried),
         _targets(found, folder),
-        _ADAM if any(reference(section) for section in found) else "",
-        *(_section(section, rows[section.name], folder) for section in found),
+        _adam(found),
+        *(_section(section, rows[section.name], folder, chosen) for section in found),
         *(_tuning(section, folder) for section in tried),
         runs(found, [*records, *tuning]),
         environments([*records, *tuning]),
@@ -93,7 +108,7 @@ def write_report(records: Sequence[Record], folder: Path, title: str, tuning: Se
 
 
 def _notes(found: Sequence[Section]) -> str:
-    told = {f"{section.title}: {text}": None for section in found for text in section.notes()}
+    told = {f"{section.title}: {text}": None for section in found for text in caveats(section)}
     return "".join(note(text) for text in told)
 
 
@@ -165,7 +180,7 @@ def _cost(section: Section, title: str) -> Cell:
     return Cell(interval_cell(seconds, time_text).text, detail, seconds.middle, best=first)
 
 
-def _section(section: Section, rows: Sequence[Row], folder: Path) -> str:
+def _section(section: Section, rows: Sequence[Row], folder: Path, chosen: Sequence[Chosen]) -> str:
     shown = columns(section)
     cells = [[column.cell(row) for column in shown] for row in rows]
     named = [
@@ -179,7 +194,26 @@ def _section(section: Section, rows: Sequence[Row], folder: Path) -> str:
         drawn += _figure(split, folder / f"{section.name}-steps", f"Time of a step: {section.title}", _BREAKDOWN, True)
     return (
         f'<h2 id="{section.name}">{html.escape(section.title)}</h2><p class="source">{html.escape(_about(section))}</p>'
-        f"{''.join(note(text) for text in section.notes())}{table(heads, named, section.title)}{drawn}"
+        f"{table(heads, named, section.title)}{_used(section, chosen)}{drawn}"
+    )
+
+
+def _used(section: Section, chosen: Sequence[Chosen]) -> str:
+    """With which settings every method ran, and how they were chosen."""
+    heads = [("Method", ""), ("Settings", "of the runs above"), ("Chosen", "how")]
+    rows = [
+        [
+            Cell(one.entry.title, order=one.entry.title, key=swatch(one.entry), words=True),
+            Cell(one.settings, order=one.settings, words=True),
+            Cell(one.how, order=one.how, words=True),
+        ]
+        for one in used(section, chosen)
+    ]
+    width = 3 if chosen else 2
+    caption = f"Settings: {section.title}"
+    return (
+        "<details open><summary>Settings, and how they were chosen</summary>"
+        f"{table(heads[:width], [row[:width] for row in rows], caption)}</details>"
     )
 
 

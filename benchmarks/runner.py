@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import io
 import math
 import random
 import signal
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,63 +19,20 @@ from torch import Tensor, nn
 
 import curvlib
 
+from .bench import Bench, Run, content, load
 from .clock import REST, Clock, Peak
 from .data import Data, Split
 from .environment import commit, environment
 from .methods import memory, method, module_of
 from .naming import problem as problem_named
-from .problems import Problem, batches, evaluate, steps_of
-from .records import Point, Record, RecordError, Results, Spec, write_whole
+from .problems import Problem, batches, evaluate, penalised, steps_of
+from .records import Point, Record, Results, Spec, write_whole
 
 Progress = Callable[[float, float], None]
 Watch = Callable[[Point], bool]
 SMOOTHING = 0.9
 CHECKPOINT_SECONDS = 10.0
 _FIRST = 10_000  # examples whose mean loss a run starts from
-
-
-@dataclass
-class Run:
-    """A run in progress; everything but model, optimizer and clock.
-
-    Attributes:
-        step: steps taken.
-        average: the running average of batch losses.
-        points: evaluations so far.
-        peak: most bytes held so far.
-        commits: code versions that took part.
-    """
-
-    step: int = 0
-    average: float = math.nan
-    points: list[Point] = field(default_factory=list)
-    peak: int = 0
-    commits: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Bench:
-    """What a run works on."""
-
-    spec: Spec
-    problem: Problem
-    data: Data
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    clock: Clock
-    device: str
-
-    @property
-    def steps(self) -> int | None:
-        """How many steps the budget has; a budget of seconds has none."""
-        if self.spec.epochs is not None:
-            return steps_of(self.problem, self.data, self.spec.epochs)
-        return self.spec.steps
-
-    def spent(self, step: int) -> float:
-        """The share of the budget that is used up."""
-        steps = self.steps
-        return step / steps if steps is not None else min(1.0, self.clock.seconds / (self.spec.seconds or math.inf))
 
 
 @contextmanager
@@ -117,6 +71,7 @@ def execute(
     *,
     device: str = "cpu",
     watch: Watch | None = None,
+    jobs: int = 1,
 ) -> Record | None:
     """Run, or go on where a checkpoint stands; a finished run is only read.
 
@@ -128,6 +83,7 @@ def execute(
             raise KeyboardInterrupt to stop the run.
         device: where to train.
         watch: called at every evaluation; says whether the run is to be pruned.
+        jobs: how many runs share the machine; it is recorded.
 
     Returns:
         The record; none where another process is busy with this run.
@@ -144,53 +100,72 @@ def execute(
     try:
         done = results.known(spec)  # another process may have finished it meanwhile
         if done is None:
-            done = _run(spec, data, results, progress, device, watch)
+            done = _run(spec, data, results, progress, device, watch, jobs)
         return done
     finally:
         results.leave(spec, lock)
 
 
 def _run(
-    spec: Spec, data: Data, results: Results, progress: Progress | None, device: str, watch: Watch | None
+    spec: Spec, data: Data, results: Results, progress: Progress | None, device: str, watch: Watch | None, jobs: int
 ) -> Record:
     problem, chosen = problem_named(spec.problem), method(spec.method)
     settings = dict(spec.settings)
     warms = settings.pop("warm_start", False)
-    _seed(spec.seed)
-    model = problem.build(data).to(device)
-    optimizer = chosen.optimizer(model, settings)
-    bench = Bench(spec, problem, _moved(data, device), model, optimizer, Clock(device), device)
     checkpoint = results.checkpoint(spec)
-    run = _load(checkpoint, bench)
-    if commit() not in run.commits:
-        run.commits.append(commit())
-    if run.step == 0 and warms:
-        warm_start(problem, model, optimizer, bench.data.train, spec.seed)
-    peak, before = Peak(device), run.peak
-    with held_interrupts() as interrupted:
+    heard = list[str]()
+    _seed(spec.seed)
+    with gathered_warnings(heard):
+        model = problem.build(data).to(device)
+        optimizer = chosen.optimizer(model, settings)
+        bench = Bench(spec, problem, data.to(device), model, optimizer, Clock(device), device)
+        run = load(checkpoint, bench)
+        for text in run.warnings:
+            _gather(heard, text)
+        run.warnings = heard
+        if commit() not in run.commits:
+            run.commits.append(commit())
+        if run.step == 0 and warms:
+            warm_start(problem, model, optimizer, bench.data.train, spec.seed)
+        peak, before = Peak(device), run.peak
 
         def save() -> None:
             run.peak = max(before, peak.read())
-            write_whole(checkpoint, _content(run, bench))
+            write_whole(checkpoint, content(run, bench))
 
-        status = _train(run, bench, save, progress, interrupted, watch)
-        notes = [data.note] if data.note else []
-        if len(run.commits) > 1:
-            notes.append(f"Stopped and resumed under several code versions: {', '.join(run.commits)}.")
-        record = Record(
-            spec,
-            status,
-            tuple(run.points),
-            statistics.median(bench.clock.times),
-            memory(optimizer),
-            environment(device, module_of(spec.method)),
-            bench.clock.parts,
-            max(before, peak.read()),
-            " ".join(notes),
-        )
-        results.add(record)
-        results.known(spec)
+        with held_interrupts() as interrupted:
+            status = _train(run, bench, save, progress, interrupted, watch)
+            several = f"Stopped and resumed under several code versions: {', '.join(run.commits)}."
+            record = Record(
+                spec,
+                status,
+                tuple(run.points),
+                statistics.median(bench.clock.times),
+                memory(optimizer),
+                environment(device, module_of(spec.method), jobs),
+                bench.clock.parts,
+                max(before, peak.read()),
+                data.note,
+                [*heard, several] if len(run.commits) > 1 else heard,
+            )
+            results.add(record)
+            results.known(spec)
     return record
+
+
+@contextmanager
+def gathered_warnings(texts: list[str]) -> Iterator[None]:
+    """Gather what is warned of, each text once, instead of showing it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # also what an earlier run has heard
+        warnings.showwarning = lambda message, *_: _gather(texts, " ".join(str(message).split()))
+        yield
+
+
+def _gather(texts: list[str], text: str) -> None:
+    """Add a text, unless another one says as much and more."""
+    if not any(text in other for other in texts):
+        texts[:] = [*(other for other in texts if other not in text), text]
 
 
 def _train(
@@ -205,8 +180,10 @@ def _train(
     every = max(1, steps_of(problem, data, 1) // problem.points)
     saved = time.monotonic()
     if run.step == 0:
-        run.average, _ = evaluate(bench.model, problem, data.train.first(_FIRST))
-        run.points.append(Point(0, 0.0, run.average, *evaluate(bench.model, problem, data.test)))
+        start, _ = evaluate(bench.model, problem, data.train.first(_FIRST))
+        with torch.no_grad():
+            run.average = float(penalised(torch.tensor(start, dtype=torch.float64), problem, bench.model))
+        run.points.append(Point(0, 0.0, run.average, *evaluate(bench.model, problem, bench.judge)))
     arriving = batches(problem, data.train, bench.spec.seed, run.step, steps or 1 << 62)
     while (spent := bench.spent(run.step)) < 1:
         _pace(bench, spent)
@@ -215,7 +192,7 @@ def _train(
         run.average = SMOOTHING * run.average + (1 - SMOOTHING) * loss if run.step > 1 else loss
         diverged, over = not math.isfinite(loss), bench.spent(run.step) >= 1
         if diverged or over or run.step % every == 0:
-            judged = (math.nan, math.nan) if diverged else evaluate(bench.model, problem, data.test)
+            judged = (math.nan, math.nan) if diverged else evaluate(bench.model, problem, bench.judge)
             run.points.append(Point(run.step, clock.seconds, run.average, *judged))
             if not (diverged or over) and watch is not None and watch(run.points[-1]):
                 return "pruned"
@@ -245,7 +222,7 @@ def _step(bench: Bench, arriving: Iterator[Split]) -> float:
             optimizer.zero_grad()
         with clock.phase("forward and backward"), torch.enable_grad():
             outputs = model(batch.inputs)
-            loss = problem.loss(outputs, batch)
+            loss = penalised(problem.loss(outputs, batch), problem, model)
             retain = False
             if isinstance(optimizer, curvlib.CurvatureOptimizer):
                 optimizer.observe(outputs, problem.likelihood, loss=loss)
@@ -270,10 +247,10 @@ def _step(bench: Bench, arriving: Iterator[Split]) -> float:
 
 def _pace(bench: Bench, spent: float) -> None:
     """Step sizes after a share of the budget."""
-    if bench.problem.decay is not None:
+    if (decay := bench.decay) is not None:
         for group in bench.optimizer.param_groups:
             if "lr" in group:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * bench.problem.decay(spent)
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * decay(spent)
 
 
 def _wants_closure(kind: type[torch.optim.Optimizer]) -> bool:
@@ -302,65 +279,7 @@ def warm_start(problem: Problem, model: nn.Module, optimizer: torch.optim.Optimi
     optimizer.warm_start(batches(problem, train, seed, 0, each), loss)
 
 
-def _moved(data: Data, device: str) -> Data:
-    if device == "cpu":
-        return data
-    splits = [Split(one.inputs.to(device), one.labels.to(device)) for one in (data.train, data.test)]
-    return replace(data, train=splits[0], test=splits[1])
-
-
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-
-
-def _random_states() -> dict[str, Any]:
-    """Of every generator that an optimizer or a layer may draw from."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-    }
-
-
-def _restore(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-
-
-def _content(run: Run, bench: Bench) -> bytes:
-    clock = bench.clock
-    content: dict[str, Any] = {
-        "run": {**vars(run), "points": [asdict(point) for point in run.points]},
-        "clock": {"seconds": clock.seconds, "parts": clock.parts, "times": clock.times},
-        "model": bench.model.state_dict(),
-        "optimizer": bench.optimizer.state_dict(),
-        "random": _random_states(),
-    }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def _load(file: Path, bench: Bench) -> Run:
-    if not file.is_file():
-        return Run()
-    try:
-        content = torch.load(file, weights_only=True, map_location="cpu")
-        bench.model.load_state_dict(content["model"])
-        bench.optimizer.load_state_dict(content["optimizer"])
-        vars(bench.clock).update(content["clock"])
-        _restore(content["random"])
-        points = [Point(**point) for point in content["run"].pop("points")]
-        return Run(**content["run"], points=points)
-    except Exception as error:  # damaged bytes make the unpickler raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecordError(f"{file} does not fit this run ({reason}); remove it, and the run starts anew") from error

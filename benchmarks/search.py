@@ -80,6 +80,15 @@ def open_ends(space: Space, tried: Sequence[Trial]) -> list[str]:
     return ends
 
 
+def extremes(space: Space, tried: Sequence[Trial]) -> list[str]:
+    """The ranges of which the best value is the least or the largest that was tried."""
+    leader = best(tried)
+    if leader is None:
+        return list(space)
+    values = {name: [trial.settings[name] for trial in tried] for name, one in space.items() if isinstance(one, Range)}
+    return [name for name, mine in values.items() if leader.settings[name] in (min(mine), max(mine))]
+
+
 def place_of(space: Space, settings: Mapping[str, Any]) -> Place:
     """Where settings of a grid lie on it."""
     return tuple(_index(dimension, settings[name]) for name, dimension in space.items())
@@ -112,7 +121,7 @@ def _rings(centre: Place, reach: int) -> Iterator[Place]:
 
 
 def _steps(dimensions: int, distance: int) -> Iterator[Place]:
-    if dimensions <= 1:
+    if dimensions == 1:
         yield from [(distance,), (-distance,)] if distance else [(0,)]
         return
     for first in range(distance, -1, -1):
@@ -127,8 +136,6 @@ def _steps(dimensions: int, distance: int) -> Iterator[Place]:
 
 def quasi_random(space: Space, tried: Sequence[Trial], trials: int) -> list[Settings]:
     """The points of a scrambled Sobol sequence, the same for every method; each prefix fills the space evenly."""
-    if not space:
-        return [{}] if not tried else []
     points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(trials).tolist()
     drawn = [{name: one.at(share) for (name, one), share in zip(space.items(), point, strict=True)} for point in points]
     return drawn[len(tried) :]
@@ -205,7 +212,28 @@ def _optuna() -> Any:
     return optuna
 
 
-SEARCHES: dict[str, Propose] = {"grid": grid, "random": quasi_random, "optuna": optuna_tpe}
+def _once_without_choice(propose: Propose) -> Propose:
+    """A space without dimensions has one place: the defaults, which are tried once."""
+
+    def search(space: Space, tried: Sequence[Trial], trials: int) -> list[Settings]:
+        if not space:
+            return [] if tried else [{}]
+        return propose(space, tried, trials)
+
+    return search
+
+
+SEARCHES: dict[str, Propose] = {
+    name: _once_without_choice(propose)
+    for name, propose in (("grid", grid), ("random", quasi_random), ("optuna", optuna_tpe))
+}
+
+ENDS: dict[str, Callable[[Space, Sequence[Trial]], list[str]]] = {
+    "grid": open_ends,
+    "random": extremes,
+    "optuna": extremes,
+}
+"""Of every search: the settings whose best value may not be the best there is, since none beyond it was tried."""
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How records are grouped: sections of a problem and budget, entries of a method and settings, runs that differ in seed."""
+"""How records are grouped: sections of what can be compared, entries of a method and settings, runs that differ in seed."""
 
 from __future__ import annotations
 
@@ -6,27 +6,18 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.colors import to_hex, to_rgb
 
+from .looks import Dash, Look, looks, variant
 from .methods import METHODS, title_of
 from .naming import UnknownName, problem
 from .problems import PROBLEMS, Problem
 from .records import BUDGETS, Point, Record, Spec
 
 Name = Literal["train", "test", "metric"]
-Dash = str | tuple[int, tuple[float, ...]]
-
-# Optimizers from elsewhere have line styles that no method of the library has, so that none can be taken for another.
-_OUTSIDE: Sequence[tuple[str, Dash]] = [
-    (colour, dash)
-    for dash in ((0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (9, 2)), (0, (2, 2, 6, 2)))
-    for colour in ("#7F7F7F", "#1B9E77", "#7570B3", "#A6761D", "#E7298A", "#1F78B4", "#66A61E", "#B2182B", "#4D4D4D")
-]
-_DASHES: Sequence[Dash] = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -88,12 +79,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Section:
-    """All that can be compared: one problem under one budget.
+    """All that can be compared: runs on one problem, of one budget for every method.
 
     Args:
         name: of its files.
-        title: of the problem, with the budget where there are several.
-        budget: in words.
+        title: of the problem, with the budget where methods have several.
+        budget: in words; whose it is where methods differ in it.
         problem: its definition, ``None`` where this version does not know it.
         entries: in the order of the method table, then of names.
         quantities: what was measured, in the order of columns.
@@ -121,9 +112,10 @@ class Section:
         quantity = next((one for one in self.quantities if one.name == target.of), Quantity(target.of, target.of))
         return f"{quantity.title} {'≤' if quantity.better == 'lower' else '≥'} {target.value:g}"
 
-    def notes(self) -> list[str]:
-        """What the data loaders said about data that are derived, generated or lossy."""
-        return list(dict.fromkeys(run.note for entry in self.entries for run in entry.records if run.note))
+    @property
+    def records(self) -> list[Record]:
+        """All runs."""
+        return [record for entry in self.entries for record in entry.records]
 
 
 def sections(records: Sequence[Record], beside: Sequence[Record] = ()) -> list[Section]:
@@ -133,13 +125,32 @@ def sections(records: Sequence[Record], beside: Sequence[Record] = ()) -> list[S
         records: to be grouped.
         beside: others on the same page, where a method must have the same colour.
     """
-    places: dict[tuple[str, str], list[Record]] = {}
+    problems: dict[str, list[Record]] = {}
     for record in {record.spec.key: record for record in records if record.points}.values():
-        places.setdefault((record.spec.problem, record.spec.budget), []).append(record)
-    looks = _looks({record.spec.method for record in (*records, *beside)})
-    budgets = {name: [limit for other, limit in places if other == name] for name, _ in places}
-    order = sorted(places, key=lambda place: (*_place(PROBLEMS, place[0]), _natural(place[1])))
-    return [_section(place, places[place], len(budgets[place[0]]) > 1, looks) for place in order]
+        problems.setdefault(record.spec.problem, []).append(record)
+    seen = looks(record.spec.method for record in (*records, *beside))
+    made = []
+    for name in sorted(problems, key=lambda name: _place(PROBLEMS, name)):
+        parts = _comparable(problems[name])
+        made += [_section(name, limit, parts[limit], len(parts) > 1, seen) for limit in sorted(parts, key=_natural)]
+    return made
+
+
+def _comparable(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Budget in words -> runs of a problem: all of them, unless a method has several budgets, which are not mixed."""
+    limits: dict[str, dict[str, None]] = {}  # method -> its budgets
+    for record in records:
+        limits.setdefault(record.spec.method, {})[record.spec.budget] = None
+    parts: dict[str, list[Record]] = {}
+    if any(len(mine) > 1 for mine in limits.values()):
+        for record in records:
+            parts.setdefault(record.spec.budget, []).append(record)
+        return parts
+    whose: dict[str, list[str]] = {}
+    for method in sorted(limits, key=lambda method: _place(METHODS, method)):
+        whose.setdefault(next(iter(limits[method])), []).append(title_of(method))
+    told = (f"{limit} ({', '.join(titles)})" if len(whose) > 1 else limit for limit, titles in whose.items())
+    return {", ".join(told): list(records)}
 
 
 def mixed(records: Iterable[Record]) -> tuple[str, str] | None:
@@ -153,9 +164,19 @@ def mixed(records: Iterable[Record]) -> tuple[str, str] | None:
     return None
 
 
+def told(spec: Spec) -> dict[str, Any]:
+    """Settings, and the schedule that they go with."""
+    if spec.schedule is None:
+        return dict(spec.settings)
+    return {
+        **spec.settings,
+        "schedule": "× {factor:g} every {every:g} {unit}".format(**spec.schedule, unit=spec.length[1]),
+    }
+
+
 def settings_key(spec: Spec) -> str:
     """Settings as text: equal for settings that were read from a file and those that were not."""
-    return json.dumps(dict(spec.settings), sort_keys=True, default=str)
+    return json.dumps(told(spec), sort_keys=True, default=str)
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -186,10 +207,7 @@ def _line(grid: np.ndarray, place: np.ndarray, value: np.ndarray, quantity: Quan
     return np.where(beside | (grid > place[-1] * (1 + 1e-12)), quantity.worst, line)
 
 
-def _section(
-    place: tuple[str, str], records: Sequence[Record], several: bool, looks: Mapping[str, tuple[str, Dash]]
-) -> Section:
-    name, limit = place
+def _section(name: str, limit: str, records: Sequence[Record], several: bool, seen: Mapping[str, Look]) -> Section:
     known = _known(name)
     title = known.title if known is not None else name
     return Section(
@@ -197,7 +215,7 @@ def _section(
         title=f"{title}, {limit}" if several else title,
         budget=limit,
         problem=known,
-        entries=_entries(records, looks),
+        entries=_entries(records, seen),
         quantities=_quantities(known, records),
     )
 
@@ -220,47 +238,25 @@ def _quantities(known: Problem | None, records: Sequence[Record]) -> tuple[Quant
     )
 
 
-def _entries(records: Sequence[Record], looks: Mapping[str, tuple[str, Dash]]) -> tuple[Entry, ...]:
+def _entries(records: Sequence[Record], seen: Mapping[str, Look]) -> tuple[Entry, ...]:
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.spec.method, settings_key(record.spec)), []).append(record)
     made = []
     for method in sorted({method for method, _ in groups}, key=lambda one: _place(METHODS, one)):
         variants = [groups[place] for place in sorted(groups) if place[0] == method]
-        differing = _differing([run[0].spec.settings for run in variants])
-        colour, dash = looks[method]
-        title = title_of(method)
-        entry = Entry(method, title, colour, dash, ())
+        differing = _differing([told(run[0].spec) for run in variants])
         for number, runs in enumerate(variants):
-            runs = sorted(runs, key=lambda record: record.spec.seed)
-            if number == 0 and not differing:
-                made.append(replace(entry, records=tuple(runs)))
-                continue
-            told = {name: runs[0].spec.settings[name] for name in differing if name in runs[0].spec.settings}
-            look = _variant(colour, dash, number, len(variants))
-            made.append(Entry(method, f"{title} ({settings_text(told) or 'defaults'})", *look, tuple(runs)))
+            mine = {name: value for name, value in told(runs[0].spec).items() if name in differing}
+            title = title_of(method) + (f" ({settings_text(mine) or 'defaults'})" if differing else "")
+            look = variant(seen[method], number, len(variants))
+            made.append(Entry(method, title, *look, tuple(sorted(runs, key=lambda record: record.spec.seed))))
     return tuple(made)
-
-
-def _variant(colour: str, dash: Dash, number: int, count: int) -> tuple[str, Dash]:
-    """The look of a method's n-th entry: the method's own, then paler and in other line styles."""
-    if number == 0:
-        return colour, dash
-    paler = 0.6 * number / count
-    red, green, blue = (paler + (1 - paler) * one for one in to_rgb(colour))
-    return to_hex((red, green, blue)), _DASHES[number % len(_DASHES)]
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for one in settings for name in one)
     return [name for name in names if len({json.dumps(one.get(name), default=str) for one in settings}) > 1]
-
-
-def _looks(names: Iterable[str]) -> dict[str, tuple[str, Dash]]:
-    """Colour and dash of every method; outside ones by their place among the outside names."""
-    outside = sorted(name for name in names if name not in METHODS)
-    looks = {name: _OUTSIDE[place % len(_OUTSIDE)] for place, name in enumerate(outside)}
-    return looks | {name: (METHODS[name].colour, METHODS[name].dash) for name in names if name in METHODS}
 
 
 def _place(table: Mapping[str, Any], name: str) -> tuple[int, str]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from .display import Display
-from .methods import method
-from .naming import problem
+from .folders import Gathered
+from .methods import method, title_of
+from .naming import located, problem
 from .records import Record, Results, Spec, write_whole
 from .report import write_report
+from .runner import gathered_warnings
+from .sections import settings_text
 from .study import Study
 from .study_file import written
+from .summary import how_chosen
 from .team import Alone, Outcome, Place, RunError, Team, describe, load
-from .terminal import show
+from .terminal import Strip, say, show, show_table
 
 _PAUSE = 1.0  # seconds between looks at what other processes do
 
@@ -63,12 +66,14 @@ def run_study(
         )
     check(study, source)
     write_whole(folder / "study.toml", written(study).encode())
-    failed = _run(study, results, Place(study, folder, source, threads, study.device), console, jobs, part, purpose)
+    failed = _run(
+        study, results, Place(study, folder, source, threads, study.device, jobs), console, jobs, part, purpose
+    )
     records = study.records(results)
     if purpose == "tuning":
-        tell_choices(study, results, console)
+        show_choices(study, results, console)
     else:
-        report(records, folder, study.title, console)
+        report(Gathered(study.title, records, study.chosen(results)), folder, console)
     if failed:
         raise RunError(
             f"{len(failed)} of the runs failed, all others are done; the first, {describe(failed[0].spec)}: "
@@ -82,17 +87,22 @@ def check(study: Study, source: Path | None) -> None:
 
     Raises:
         MethodError: where an optimizer refuses its settings.
+        RunError: where a model cannot be built.
     """
     for name in study.problems:
         chosen = problem(name)
-        with torch.random.fork_rng(devices=[]):
-            model = chosen.build(load(name, source))
-        for other in study.methods:
-            settings = study.fixed_for(name, other)
-            if study.tuning is not None:
-                settings |= {key: one.grid(0) for key, one in study.space_for(name, other).items()}
-            settings.pop("warm_start", None)
-            method(other).optimizer(model, settings)
+        with torch.random.fork_rng(devices=[]), gathered_warnings([]):  # runs record what is warned of
+            data = load(name, source)
+            try:
+                model = chosen.build(data)
+            except Exception as error:  # other people's models may raise anything
+                raise RunError(f"the model of {name} cannot be built, {located(error)}") from error
+            for other in study.methods:
+                settings = study.fixed_for(name, other)
+                if study.tuning is not None:
+                    settings |= {key: one.grid(0) for key, one in study.space_for(name, other).items()}
+                settings.pop("warm_start", None)
+                method(other).optimizer(model, settings)
 
 
 def _run(
@@ -137,30 +147,23 @@ def _run(
             team.close()
 
 
-def tell_choices(study: Study, results: Results, console: Console) -> None:
+def show_choices(study: Study, results: Results, console: Console) -> None:
     """Print what a search chose."""
-    warned = {(name, other): ends for name, other, ends in study.edges(results)}
-    for place in study.places:
-        trials, missing = study.tried(results, place)
-        chosen = study.choice(results, place)
-        if missing:
-            text = f"{len(missing)} runs are missing"
-        elif chosen is None:
-            text = "no trial finished"
-        else:
-            text = ", ".join(f"{name} = {value}" for name, value in chosen.items())
-            if place in warned:
-                text += f" (neighbours in {', '.join(warned[place])} were not tried: give more trials)"
-        console.print(f"{place[0]:20} {place[1]:20} {len(trials):3} trials: {text}", highlight=False, markup=False)
+    for name in study.problems:
+        mine = [one for one in study.chosen(results) if one.problem == name]
+        say(problem(name).title, console, "table.title")
+        strips = [Strip("Method", [title_of(one.method) for one in mine], words=True, left=True)]
+        strips.append(Strip("Settings", [settings_text(one.settings or {}) for one in mine], words=True, left=True))
+        show_table([*strips, Strip("Chosen", list(map(how_chosen, mine)), words=True, left=True)], console)
 
 
-def report(records: Sequence[Record], folder: Path, title: str, console: Console) -> None:
+def report(gathered: Gathered, folder: Path, console: Console) -> None:
     """Print the tables and write the report of what is done."""
-    reported = [record for record in records if record.spec.purpose == "report"]
-    trials = [record for record in records if record.spec.purpose == "tuning"]
-    if not reported:
-        console.print("Nothing is done yet of what would be reported.", highlight=False)
+    reported = [record for record in gathered.records if record.spec.purpose == "report"]
+    trials = [record for record in gathered.records if record.spec.purpose == "tuning"]
+    if not reported and not trials:
+        say("Nothing is done yet of what would be reported.", console)
         return
-    show(reported, console, title)
-    page = write_report(reported, folder, title, trials)
+    show(reported, console, gathered.title, gathered.chosen)
+    page = write_report(reported, folder, gathered.title, trials, gathered.chosen)
     console.print(f"Report: {page.resolve()}", highlight=False, markup=False, soft_wrap=True)

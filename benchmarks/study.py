@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .methods import label, method
+from .methods import check_titles, label, method
 from .naming import nearest, problem
-from .records import BUDGETS, Point, Record, Results, Spec
-from .search import SEARCHES, Trial, Watch, best, open_ends, optuna_watch, score_of, trial_of
+from .plan import (
+    Budget,
+    Place,
+    Schedule,
+    StudyError,
+    check_number,
+    check_seeds,
+    check_table,
+    closest,
+    known_keys,
+    known_places,
+)
+from .records import Point, Record, Results, Spec
+from .search import ENDS, SEARCHES, Trial, Watch, best, optuna_watch, score_of, trial_of
 from .space import Space
 
-
-class StudyError(ValueError):
-    """A study that cannot be made; names the key, its value, and what is allowed."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long a run trains: one of these."""
-
-    epochs: int | None = None
-    steps: int | None = None
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
-        if len(given) != 1:
-            raise StudyError(f"budget must have one of {', '.join(BUDGETS)}, got {', '.join(given) or 'none'}")
-        for name, value in given.items():
-            check_number(f"budget.{name}", value, whole=name != "seconds")
+__all__ = ["DIGITS", "MAIN", "Budget", "Chosen", "Schedule", "Study", "StudyError", "Tuning"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +43,33 @@ class Tuning:
     seeds: tuple[int, ...] = (100,)
 
     def __post_init__(self) -> None:
-        if self.search not in SEARCHES:
+        if not isinstance(self.search, str) or self.search not in SEARCHES:
             raise StudyError(
                 f"tuning.search is {self.search!r}{nearest(str(self.search), SEARCHES)} there are {', '.join(SEARCHES)}"
             )
         check_number("tuning.trials", self.trials)
         check_seeds("tuning.seeds", self.seeds)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a search came to, of a method on a problem.
+
+    Args:
+        problem: its name.
+        method: its name.
+        settings: the best of the trials; none where no trial finished, or some are missing.
+        trials: how many there were.
+        missing: runs that are.
+        open: settings whose best value lies at an end of what was tried, so that a better one may lie beyond.
+    """
+
+    problem: str
+    method: str
+    settings: Mapping[str, Any] | None
+    trials: int
+    missing: int
+    open: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,9 +82,11 @@ class Study:
         methods: names, ``module:Class``, or ``Label=`` and one of these; see :func:`benchmarks.methods.method`.
         seeds: of the runs that are reported.
         budget: of every run, instead of each problem's own epochs.
-        budgets: problem -> its budget.
+        budgets: problem, label of a method, or (problem, label) -> its own; the closest counts.
+        schedule: of the step sizes of every run, instead of the problem's own.
+        schedules: as ``budgets``.
         settings: method -> settings, or problem -> settings there; what is not said is as the method has it.
-        spaces: method -> setting -> the values that a search tries.
+        spaces: method -> setting -> the values that a search tries, where they are not fixed on a problem.
         tuning: how settings are chosen; without it methods have those that they are known with.
         threads: of torch, for a whole study; without it torch's choice, at most 2.
         device: where to train.
@@ -84,7 +101,9 @@ class Study:
     methods: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget | None = None
-    budgets: Mapping[str, Budget] = field(default_factory=dict)
+    budgets: Mapping[Place, Budget] = field(default_factory=dict)
+    schedule: Schedule | None = None
+    schedules: Mapping[Place, Schedule] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     spaces: Mapping[str, Space] = field(default_factory=dict)
     tuning: Tuning | None = None
@@ -101,28 +120,48 @@ class Study:
             problem(one)
         for one in self.methods:
             method(one)
+        check_titles(self.methods)
         check_seeds("seeds", self.seeds)
         if self.tuning is not None and (both := sorted({*self.seeds} & {*self.tuning.seeds})):
             raise StudyError(
                 f"seeds {', '.join(map(str, both))} are of tuning and of the report; settings must be chosen on other seeds "
                 "than they are reported on"
             )
-        known_keys("budget", self.budgets, self.problems)
-        for name, given in (("settings", self.settings), ("space", self.spaces)):
-            known_keys(name, given, [label(one) for one in self.methods])
+        labels = [label(one) for one in self.methods]
+        if both_named := sorted({*labels} & {*self.problems}):
+            raise StudyError(f"{both_named[0]} is a problem and the label of a method; give the method another label")
+        known_places("budget", self.budgets, self.problems, labels)
+        known_places("schedule", self.schedules, self.problems, labels)
+        known_keys("settings", self.settings, labels)
+        known_keys("space", self.spaces, labels)
+        for one, given in self.settings.items():
+            check_table(f"settings.{one}", given, "{ lr = 0.1 }")
+            known_keys(
+                f"settings.{one}",
+                {name: value for name, value in given.items() if isinstance(value, Mapping)},
+                self.problems,
+            )
+            for name in {*given} & {*self.problems}:
+                check_table(f"settings.{one}.{name}", given[name], "{ lr = 0.1 }")
+            if twice := sorted({*given} & {*self.spaces.get(one, ())}):
+                raise StudyError(f"settings.{one} and space.{one} both name {twice[0]}; fix it or search it")
         if self.spaces and self.tuning is None:
             raise StudyError("space is given, but nothing is tuned: add a table [tuning], or leave it out")
         if self.threads is not None:
             check_number("threads", self.threads)
-        if not (self.device == "cpu" or self.device.partition(":")[0] in ("cuda", "mps", "xpu")):
+        device = str(self.device).partition(":")[0]
+        if self.device != "cpu" and device not in ("cuda", "mps", "xpu"):
             raise StudyError(f"device must be cpu, cuda, cuda:N, mps or xpu, got {self.device!r}")
 
     # -- what is run --------------------------------------------------------------------------------------------------
 
-    def budget_for(self, problem_name: str) -> dict[str, Any]:
-        """The budget on a problem, by name."""
-        chosen = self.budgets.get(problem_name) or self.budget or Budget(epochs=problem(problem_name).epochs)
-        return {name: value for name, value in vars(chosen).items() if value is not None}
+    def course(self, problem_name: str, method_name: str) -> dict[str, Any]:
+        """Budget and schedule of a method on a problem, by name."""
+        place = (problem_name, label(method_name))
+        budget = closest(self.budget, self.budgets, *place) or Budget(epochs=problem(problem_name).epochs)
+        schedule = closest(self.schedule, self.schedules, *place)
+        named = {**vars(budget), "schedule": None if schedule is None else dict(vars(schedule))}
+        return {name: value for name, value in named.items() if value is not None}
 
     def fixed_for(self, problem_name: str, method_name: str) -> dict[str, Any]:
         """Settings that are not searched. Where others are, what a method is known with on a problem does not count."""
@@ -133,13 +172,11 @@ class Study:
         return {**base, **everywhere, **mine.get(problem_name, {})}
 
     def space_for(self, problem_name: str, method_name: str) -> Space:
-        """Where settings are searched: as the study says, else the method's own space but for what is fixed."""
-        given = self.spaces.get(label(method_name))
-        if given is not None:
-            return given
+        """Where settings are searched: as the study says, else in the method's own space, but for what is fixed."""
         mine = self.settings.get(label(method_name), {})
         fixed = {*mine, *mine.get(problem_name, {})}
-        return {name: one for name, one in method(method_name).space.items() if name not in fixed}
+        space = self.spaces.get(label(method_name), method(method_name).space)
+        return {name: one for name, one in space.items() if name not in fixed}
 
     @property
     def places(self) -> list[tuple[str, str]]:
@@ -155,7 +192,7 @@ class Study:
             if choice is None:
                 return []
             settings = {**self.fixed_for(*place), **choice}
-        return [Spec(*place, settings, seed, **self.budget_for(place[0])) for seed in self.seeds]
+        return [Spec(*place, settings, seed, **self.course(*place)) for seed in self.seeds]
 
     def choice(self, results: Results, place: tuple[str, str]) -> Mapping[str, Any] | None:
         """What a search chose; none where it is not over, or no trial finished."""
@@ -171,7 +208,7 @@ class Study:
         while not missing and (proposed := propose(space, trials, self.tuning.trials)):
             for settings in proposed:
                 specs = [
-                    Spec(*place, {**fixed, **settings}, seed, purpose="tuning", **self.budget_for(place[0]))
+                    Spec(*place, {**fixed, **settings}, seed, purpose="tuning", **self.course(*place))
                     for seed in self.tuning.seeds
                 ]
                 records = [results.known(spec) for spec in specs]
@@ -191,7 +228,7 @@ class Study:
         earlier = [
             one
             for one in results.records()
-            if (one.spec.problem, one.spec.method, one.spec.budget) == (*place, spec.budget)
+            if (one.spec.problem, one.spec.method, one.spec.course) == (*place, spec.course)
         ]
         trials = [
             trial_of({name: one.spec.settings[name] for name in space}, [one], score)
@@ -239,7 +276,8 @@ class Study:
         for place in self.places[part[0] - 1 :: part[1]]:
             trials, missing = self.tried(results, place)
             seeds = len(self.tuning.seeds)
-            left[place] = max(len(missing), (self.tuning.trials - len(trials)) * seeds if missing else 0)
+            most = self.tuning.trials if self.space_for(*place) else 1
+            left[place] = max(len(missing), (most - len(trials)) * seeds if missing else 0)
             if purpose == "report":
                 known = [results.known(spec) for spec in self.reported(results, place)]
                 left[place] += len(self.seeds) - sum(record is not None for record in known)
@@ -251,47 +289,24 @@ class Study:
         found = [record for spec in specs if (record := results.known(spec)) is not None]
         if self.tuning is None:
             return found
-        budgets = {name: self.budget_for(name) for name in self.problems}
+        courses = {place: self.course(*place) for place in self.places}
         trials = [
             one for one in results.records() if one.spec.purpose == "tuning" and one.spec.seed in self.tuning.seeds
         ]
-        return found + [
-            one
-            for one in trials
-            if (one.spec.problem, one.spec.method) in self.places
-            and budgets[one.spec.problem].items() <= one.spec.content().items()
-        ]
+        return found + [one for one in trials if courses.get((one.spec.problem, one.spec.method)) == one.spec.course]
 
-    def edges(self, results: Results) -> Iterator[tuple[str, str, list[str]]]:
-        """(problem, method, settings) whose best value on the grid has an untried neighbour."""
-        if self.tuning is None or self.tuning.search != "grid":
-            return
+    def chosen(self, results: Results) -> list[Chosen]:
+        """What the search came to, place by place; nothing where nothing is searched."""
+        if self.tuning is None:
+            return []
+        found = []
         for place in self.places:
             trials, missing = self.tried(results, place)
-            if not missing and (ends := open_ends(self.space_for(*place), trials)):
-                yield *place, ends
-
-
-def known_keys(where: str, given: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Refuse what nobody asked for, with the nearest key."""
-    for name in given:
-        if name not in allowed:
-            place = f"in {where}" if where else "of a study"
-            raise StudyError(f"unknown key {name!r} {place}{nearest(name, allowed)} there are {', '.join(allowed)}")
-
-
-def check_number(name: str, value: Any, whole: bool = True) -> None:
-    """Refuse what is no number above zero."""
-    is_number = isinstance(value, int) if whole else isinstance(value, int | float)
-    if isinstance(value, bool) or not is_number or not value > 0:
-        raise StudyError(f"{name} must be a {'whole ' * whole}number {'from 1' if whole else 'above 0'}, got {value!r}")
-
-
-def check_seeds(name: str, seeds: Sequence[Any]) -> None:
-    """Refuse what are no different seeds."""
-    whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
-    if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise StudyError(f"{name} must be different whole numbers from 0, got {list(seeds)!r}")
+            leader = None if missing else best(trials)
+            ends = ENDS[self.tuning.search](self.space_for(*place), trials) if leader is not None else []
+            settings = None if leader is None else leader.settings
+            found.append(Chosen(*place, settings, len(trials), len(missing), tuple(ends)))
+        return found
 
 
 MAIN = ("kfac", "mbf", "mbf-samples", "shampoo", "adam", "sgd")

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .methods import MethodError
+from .methods import MethodError, label
 from .naming import UnknownName, problem
-from .records import BUDGETS, RecordError
+from .plan import Budget, Place, Schedule, StudyError, check_table, known_keys
+from .records import RecordError
 from .space import Range, Space, dimension
-from .study import Budget, Study, StudyError, Tuning, known_keys
+from .study import Study, Tuning
 
+T = TypeVar("T")
 _KEYS = {"space": "spaces"}
 _NONE = "none"
-_TABLES = ("budget", "settings", "space", "tuning")
+_PLACED: Mapping[str, tuple[str, type]] = {"budget": ("budgets", Budget), "schedule": ("schedules", Schedule)}
+_TABLES = {
+    "budget": "{ epochs = 10 }",
+    "schedule": "{ factor = 0.1, every = 60 }",
+    "settings": "{ adam = { lr = 0.1 } }",
+    "space": "{ adam = { lr = { low = 1e-4, high = 1e-1 } } }",
+    "tuning": "{ trials = 12 }",
+}
 
 
 def read_study(file: Path) -> Study:
-    """A study from its TOML file.
+    """A study from its TOML file; modules that lie beside it can be named in it.
 
     Raises:
         StudyError: naming the file and the key, its value, and what is allowed.
     """
     try:
         content = tomllib.loads(file.read_text())
+        if (folder := str(file.absolute().parent)) not in sys.path:
+            sys.path.append(folder)  # where methods and problems of one's own lie beside it
         return study_of(content)
     except FileNotFoundError:
         raise StudyError(f"the study file {file} does not exist") from None
@@ -38,42 +50,62 @@ def read_study(file: Path) -> Study:
 def study_of(content: Mapping[str, Any]) -> Study:
     """A study from what its file holds."""
     names = [next((key for key, name in _KEYS.items() if name == one.name), one.name) for one in fields(Study)]
-    known_keys("", content, [name for name in names if name != "budgets"])
+    known_keys("", content, [name for name in names if name not in {several for several, _ in _PLACED.values()}])
     for name in ("title", "problems", "methods"):
         if name not in content:
             raise StudyError(f"{name} is missing; a study has title, problems and methods")
     given = dict(content)
-    for name in ("problems", "methods", "seeds"):
+    for name, kind in (("problems", str), ("methods", str), ("seeds", object)):
         if name in given:
-            given[name] = tuple(_list(name, given[name]))
-    for name in _TABLES:
-        if not isinstance(given.get(name, {}), Mapping):
-            raise StudyError(f"{name} must be a table, got {given[name]!r}")
+            given[name] = tuple(_list(name, given[name], kind))
+    for name, example in _TABLES.items():
+        check_table(name, given.get(name, {}), example)
     if not isinstance(given["title"], str):
         raise StudyError(f"title must be a text, got {given['title']!r}")
     for name in given["problems"]:
         problem(name)  # before what is said of it
-    budget, given["budgets"] = _budgets(given.pop("budget", {}), given["problems"])
+    labels = [label(name) for name in given["methods"]]
+    for name, (several, placed) in _PLACED.items():
+        given[name], given[several] = _placed(name, placed, given.get(name, {}), given["problems"], labels)
     if "tuning" in given:
         known_keys("tuning", given["tuning"], [one.name for one in fields(Tuning)])
         seeds = {"seeds": tuple(_list("tuning.seeds", given["tuning"]["seeds"]))} if "seeds" in given["tuning"] else {}
         given["tuning"] = Tuning(**{**given["tuning"], **seeds})
     given["settings"] = _with_none(given.get("settings", {}))
     spaces = {name: _space(name, space) for name, space in given.pop("space", {}).items()}
-    return Study(budget=budget, spaces=spaces, **given)
+    return Study(spaces=spaces, **given)
 
 
-def _budgets(table: Mapping[str, Any], problems: Sequence[str]) -> tuple[Budget | None, dict[str, Budget]]:
-    known_keys("budget", table, [*BUDGETS, *problems])
-    own = {name: value for name, value in table.items() if name in BUDGETS}
-    others = {}
-    for name, value in table.items():
-        if name not in BUDGETS:
-            if not isinstance(value, Mapping):
-                raise StudyError(f"budget.{name} must be a table such as {{ epochs = 10 }}, got {value!r}")
-            known_keys(f"budget.{name}", value, BUDGETS)
-            others[name] = Budget(**value)
-    return (Budget(**own) if own else None), others
+def _placed(
+    name: str, kind: type[T], table: Mapping[str, Any], problems: Sequence[str], labels: Sequence[str]
+) -> tuple[T | None, dict[Place, T]]:
+    """What a table says of everything, and what tables in it say of a problem, of a method, or of a method on a problem."""
+    own = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    example = _TABLES[name]
+    known_keys(name, table, [*own, *problems, *labels])
+    found: dict[Place, Mapping[str, Any]] = {}
+    for place in [place for place in table if place not in own]:
+        inner = check_table(f"{name}.{place}", table[place], example)
+        known_keys(f"{name}.{place}", inner, [*own, *(labels if place in problems else [])])
+        for method in [method for method in inner if method not in own]:
+            found[place, method] = check_table(f"{name}.{place}.{method}", inner[method], example)
+            known_keys(f"{name}.{place}.{method}", inner[method], own)
+        if here := {key: value for key, value in inner.items() if key in own}:
+            found[place] = here
+    everywhere = {key: value for key, value in table.items() if key in own}
+    made = {place: _made(f"{name}.{_dotted(place)}", kind, one) for place, one in found.items()}
+    return (_made(name, kind, everywhere) if everywhere else None), made
+
+
+def _made(where: str, kind: type[T], given: Mapping[str, Any]) -> T:
+    missing = [one.name for one in fields(kind) if one.default is MISSING and one.name not in given]  # type: ignore[arg-type]
+    if missing:
+        raise StudyError(f"{where} has no {missing[0]}; it must be a table such as {_TABLES[where.partition('.')[0]]}")
+    return kind(**given)
+
+
+def _dotted(place: Place) -> str:
+    return ".".join(map(_key, [place] if isinstance(place, str) else place))
 
 
 def _with_none(value: Any) -> Any:
@@ -84,10 +116,8 @@ def _with_none(value: Any) -> Any:
 
 
 def _space(name: str, table: Any) -> Space:
-    if not isinstance(table, Mapping):
-        raise StudyError(f"space.{name} must be a table of settings, got {table!r}")
     found = {}
-    for setting, value in table.items():
+    for setting, value in check_table(f"space.{name}", table, "{ lr = { low = 1e-4, high = 1e-1 } }").items():
         try:
             found[setting] = dimension(value)
         except ValueError as error:
@@ -95,9 +125,9 @@ def _space(name: str, table: Any) -> Space:
     return found
 
 
-def _list(name: str, value: Any) -> Sequence[Any]:
-    if not isinstance(value, list | tuple):
-        raise StudyError(f"{name} must be a list, got {value!r}")
+def _list(name: str, value: Any, kind: type = object) -> Sequence[Any]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, kind) for one in value):
+        raise StudyError(f"{name} must be a list{' of names' * (kind is str)}, got {value!r}")
     return value
 
 
@@ -110,10 +140,11 @@ def written(study: Study) -> str:
     ]
     lines += [f"seeds = {_toml(study.seeds)}", f"device = {_toml(study.device)}"]
     lines += [] if study.threads is None else [f"threads = {study.threads}"]
-    if study.budget is not None:
-        lines += _table("budget", study.budget)
-    for name, budget in study.budgets.items():
-        lines += _table(f"budget.{_key(name)}", budget)
+    for name, (several, _) in _PLACED.items():
+        everywhere = getattr(study, name)
+        lines += [] if everywhere is None else _table(name, everywhere)
+        for place, one in getattr(study, several).items():
+            lines += _table(f"{name}.{_dotted(place)}", one)
     if study.tuning is not None:
         lines += _table("tuning", study.tuning)
     for name, settings in study.settings.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import scaling
 from .answers import breakdown, finals, hit, paired, reference, to_target
@@ -14,7 +15,8 @@ from .intervals import UNKNOWN, Interval, median_interval
 from .page import Cell
 from .records import Record
 from .scaling import Longer
-from .sections import Entry, Quantity, Section, settings_key
+from .sections import Entry, Quantity, Section, settings_key, settings_text, told
+from .study import Chosen
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,20 @@ class Column:
         meaning: in words.
         cell: of a row.
         detailed: whether a terminal shows the details of its cells as well.
+        words: whether it holds text.
     """
 
     heading: str
     meaning: str
     cell: Callable[[Row], Cell]
     detailed: bool = False
+    words: bool = False
 
 
 def columns(section: Section) -> list[Column]:
     """The columns that have something to say about a section."""
     found = [
-        Column("Method", "the optimizer, with the settings that tell it from others", _name, True),
+        Column("Method", "the optimizer, with the settings that tell it from others", _name, words=True),
         Column("Runs", "seeds, and how many of them diverged", _runs, True),
     ]
     for place, quantity in enumerate(section.quantities):
@@ -132,7 +136,55 @@ def _runs(row: Row) -> Cell:
 def _final(section: Section, place: int, quantity: Quantity) -> Column:
     title = quantity.title[0].upper() + quantity.title[1:]
     meaning = f"at the end; {quantity.better} is better"
-    return Column(title, meaning, lambda row: interval_cell(row.finals[place], "{:#.4g}"), quantity == section.judged)
+    return Column(title, meaning, lambda row: _final_cell(row.finals[place]), quantity == section.judged)
+
+
+def _final_cell(value: Interval) -> Cell:
+    return interval_cell(value, lambda one: "diverged" if math.isinf(one) else f"{one:#.4g}")
+
+
+@dataclass(frozen=True)
+class Used:
+    """With which settings an entry ran, and how they were chosen.
+
+    Args:
+        entry: the runs.
+        settings: in words.
+        how: in words; empty where nothing tells.
+    """
+
+    entry: Entry
+    settings: str
+    how: str
+
+
+def used(section: Section, chosen: Sequence[Chosen]) -> list[Used]:
+    """The settings of every entry, and what tuning says of them."""
+    return [_used(entry, chosen) for entry in section.entries]
+
+
+def _used(entry: Entry, chosen: Sequence[Chosen]) -> Used:
+    spec = entry.records[0].spec
+    mine = (
+        one for one in chosen if (one.problem, one.method) == (spec.problem, spec.method) and one.settings is not None
+    )
+    fitting = (one for one in mine if set(_pairs(one.settings)) <= set(_pairs(spec.settings)))
+    found = next(fitting, None)
+    return Used(entry, settings_text(told(spec)) or "defaults", "" if found is None else how_chosen(found))
+
+
+def _pairs(settings: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    return [(name, settings_text({name: value})) for name, value in (settings or {}).items()]
+
+
+def how_chosen(one: Chosen) -> str:
+    """Such as ``"best of 12 trials; lr at their end"``."""
+    if one.missing:
+        return f"{one.missing} runs are missing"
+    if one.settings is None:
+        return f"none of {one.trials} trials finished"
+    ends = f"; {' and '.join(one.open)} at the end of what was tried" if one.open else ""
+    return f"best of {one.trials} {'trial' if one.trials == 1 else 'trials'}{ends}"
 
 
 def _longer(row: Row) -> Cell:
@@ -153,13 +205,15 @@ def interval_cell(value: Interval, form: str | Callable[[float], str]) -> Cell:
 
 
 def _number(value: float, form: str | Callable[[float], str]) -> str:
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return form(value) if callable(form) else form.format(value)
+    if callable(form):
+        return form(value)
+    return form.format(value) if math.isfinite(value) else "∞"
 
 
 def time_text(seconds: float) -> str:
-    """A duration for people."""
+    """A duration for people; infinite for what was missed."""
+    if math.isinf(seconds):
+        return "∞"
     for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (180.0, 1.0, "s"), (10800.0, 1 / 60, "min")):
         if abs(seconds) < limit:
             return f"{seconds * scale:.3g} {unit}"
@@ -203,7 +257,7 @@ def _values(row: Row) -> list[object]:
     waits = (row.longer.factor, row.longer.how, row.longer_steps.factor, row.longer_steps.how)
     start = (
         spec.problem,
-        row.section.budget,
+        spec.budget,
         spec.method,
         settings_key(spec),
         len(row.entry.records),
@@ -238,26 +292,26 @@ def _run(use: str, section: Section, record: Record) -> list[object]:
     reached = hit(record, section.problem) if section.problem is not None and section.goal else (math.nan, math.nan)
     ends = (record.status, last.step, last.seconds, last.train, last.test, last.metric)
     costs = (record.step_seconds, record.memory, record.peak, record.note, spec.key)
-    return [use, spec.problem, section.budget, spec.method, settings_key(spec), spec.seed, *ends, *reached, *costs]
+    return [use, spec.problem, spec.budget, spec.method, settings_key(spec), spec.seed, *ends, *reached, *costs]
 
 
 def curves_csv(uses: Sequence[tuple[str, Section]]) -> str:
     """One line for every evaluation of every run."""
     head = ("key", "use", "problem", "budget", "method", "seed", "step", "seconds", "train", "test", "metric")
     lines = (
-        (*_place(use, section, record), point.step, point.seconds, point.train, point.test, point.metric)
-        for use, section, record in _all(uses)
+        (*_place(use, record), point.step, point.seconds, point.train, point.test, point.metric)
+        for use, _, record in _all(uses)
         for point in record.points
     )
     return _csv(head, lines)
 
 
-def _place(use: str, section: Section, record: Record) -> tuple[object, ...]:
-    return record.spec.key, use, record.spec.problem, section.budget, record.spec.method, record.spec.seed
+def _place(use: str, record: Record) -> tuple[object, ...]:
+    return record.spec.key, use, record.spec.problem, record.spec.budget, record.spec.method, record.spec.seed
 
 
 def _all(uses: Sequence[tuple[str, Section]]) -> Iterable[tuple[str, Section, Record]]:
-    return ((use, section, record) for use, section in uses for entry in section.entries for record in entry.records)
+    return ((use, section, record) for use, section in uses for record in section.records)
 
 
 def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import torch
 
 from .data import Data, DataError
 from .methods import MethodError, title_of
-from .naming import UnknownName, problem
+from .naming import UnknownName, located, problem
 from .records import Record, RecordError, Results, Spec
 from .runner import execute
 from .search import SearchError
@@ -61,6 +60,7 @@ class Place:
     source: Path | None
     threads: int
     device: str = "cpu"
+    jobs: int = 1
 
     def settle(self) -> None:
         """Set up this process."""
@@ -76,17 +76,14 @@ class Place:
                 lambda share, average: tell(spec, share, average),
                 device=self.device,
                 watch=self.study.watch(results, spec),
+                jobs=self.jobs,
             )
         except (DataError, RecordError, SearchError, UnknownName) as error:
             return Outcome(spec, "failed", reason=str(error), fatal=True)
         except MethodError as error:
             return Outcome(spec, "failed", reason=str(error))
         except Exception as error:  # another package's optimizer may raise anything
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = (
-                f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(where.filename).name}:{where.lineno})"
-            )
-            return Outcome(spec, "failed", reason=reason)
+            return Outcome(spec, "failed", reason=located(error))
         return Outcome(spec, "elsewhere") if record is None else _outcome(record)
 
 
@@ -96,8 +93,24 @@ def _outcome(record: Record) -> Outcome:
 
 @cache
 def load(name: str, source: Path | None) -> Data:
-    """The data of a problem, once in a process."""
-    return problem(name).load(source)
+    """The data of a problem, once in a process.
+
+    Raises:
+        DataError: where they cannot be had, or are fewer than a batch.
+    """
+    chosen = problem(name)
+    try:
+        data = chosen.load(source)
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # other people's problems may raise anything
+        raise DataError(f"the data of {name} cannot be loaded, {located(error)}") from error
+    if len(data.train) < chosen.batch_size:
+        raise DataError(
+            f"{name} has batches of {chosen.batch_size} examples, and {len(data.train)} to train on; its batch_size must "
+            "be at most that"
+        )
+    return data
 
 
 class Alone:

@@ -40,18 +40,22 @@ def faces(folder: Path | None = None) -> Data:
     """
     original = maybe(folder, ["newfaces_rot_single.mat"], ["FACES", "faces", "."])
     if original is not None:
-        rows = _rows(original, "newfaces_single", (165600, _SIDE**2))
+        rows = _rows(read_bytes(original), original, "newfaces_single", (165600, _SIDE**2))
         return Data(_unlabelled(rows[:103500]), _unlabelled(rows[-41400:]))
     path = maybe(folder, [_OLIVETTI.name], ["olivetti", "."])
     if path is None:
         path = _OLIVETTI.find(folder, ("olivetti", ".")) if folder is not None else _OLIVETTI.download("olivetti")
-    images = rearrange(_rows(path, "faces", (4096, 400)), "(x y) n -> n 1 y x", x=64)
+    content = read_bytes(path)
+    images = rearrange(_rows(content, path, "faces", (4096, 400)), "(x y) n -> n 1 y x", x=64)
     # In order of people, ten images each: the first 25, and the last 10.
     generator = torch.Generator().manual_seed(0)
     train, test = (patches(part, _PATCHES, generator) for part in (images[:250], images[300:]))
     mean = train.mean(0)
     scale = (train - mean).square().mean().sqrt()
-    return Data(_unlabelled((train - mean) / scale), _unlabelled((test - mean) / scale), _MADE_FACES)
+    note = (
+        _MADE_FACES if _OLIVETTI.is_official(content) else f"{_MADE_FACES} {path.name} is not the official file either."
+    )
+    return Data(_unlabelled((train - mean) / scale), _unlabelled((test - mean) / scale), note)
 
 
 def patches(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -84,7 +88,9 @@ def curves(folder: Path | None = None) -> Data:
     """
     original = maybe(folder, ["digs3pts_1.mat"], ["CURVES", "curves", "."])
     if original is not None:
-        train, test = _rows(original, "bdata", (20000, 784)), _rows(original, "bdatatest", (10000, 784))
+        content = read_bytes(original)
+        train = _rows(content, original, "bdata", (20000, 784))
+        test = _rows(content, original, "bdatatest", (10000, 784))
         return Data(_unlabelled(train), _unlabelled(test))
     generator = torch.Generator().manual_seed(0)
     train, test = (drawn_curves(count, generator) for count in (20000, 10000))
@@ -112,5 +118,5 @@ def _unlabelled(inputs: Tensor) -> Split:
     return Split(inputs, torch.zeros(len(inputs), dtype=torch.long))
 
 
-def _rows(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
-    return torch.from_numpy(matlab(read_bytes(path), path, name, shape)).float()
+def _rows(content: bytes, path: Path, name: str, shape: tuple[int, int]) -> Tensor:
+    return torch.from_numpy(matlab(content, path, name, shape)).float()

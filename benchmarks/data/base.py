@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,10 @@ class Split:
     def __len__(self) -> int:
         return self.inputs.shape[0]
 
+    def to(self, device: str) -> Split:
+        """The same on a device."""
+        return Split(self.inputs.to(device), self.labels.to(device))
+
     def first(self, count: int) -> Split:
         """The first so many examples, or all."""
         return Split(self.inputs[:count], self.labels[:count])
@@ -42,9 +46,20 @@ class Data:
         test: what is held out.
         note: a sentence for reports, where the data are derived, generated or lossy.
         extra: what a model is built with, such as the graph that its nodes belong to.
+        validation: what settings are chosen by, where that is not ``test``.
     """
 
     train: Split
     test: Split
     note: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    validation: Split | None = None
+
+    def to(self, device: str) -> Data:
+        """The same with all splits on a device."""
+        validation = None if self.validation is None else self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
+
+    def judge(self, purpose: str) -> Split:
+        """The examples that runs are judged by: of tuning the validation data, where there are such."""
+        return self.validation if purpose == "tuning" and self.validation is not None else self.test

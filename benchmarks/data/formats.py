@@ -58,7 +58,7 @@ def matlab(content: bytes, path: Path, name: str, shape: tuple[int, ...]) -> np.
         found = loadmat(io.BytesIO(content))
     except Exception as error:  # a damaged file may raise anything
         raise DataError(f"{path} cannot be read: {error}; fetch it again") from None
-    if name not in found or found[name].shape != shape:
+    if name not in found or found[name].shape != shape or found[name].dtype.kind not in "uif":
         held = {key: list(value.shape) for key, value in found.items() if isinstance(value, np.ndarray)}
-        raise DataError(f"{path} holds {held}, expected {name} {list(shape)}")
+        raise DataError(f"{path} holds {held}, expected {name} {list(shape)} of numbers")
     return found[name]

@@ -14,6 +14,7 @@ from .formats import unpickled
 from .sources import File
 
 _URL = "https://github.com/kimiyoung/planetoid/raw/master/data/"
+_VALIDATION = 500
 _CHECKSUMS = {
     "cora": {
         "x": "sha256:23cfa55d91c6f624233f5eb7b6e3f141f1bd2b2ae39608a63cf5d084bb27baab",
@@ -49,10 +50,11 @@ _CHECKSUMS = {
 
 
 def cora(folder: Path | None = None) -> Data:
-    """Cora: 2,708 papers with 1,433 words, 140 of them labelled with one of 7 classes, 1,000 held out.
+    """Cora: 2,708 papers with 1,433 words, 7 classes: 140 labels to train on, 500 to choose settings by, 1,000 held out.
 
-    Inputs are numbers of nodes. ``extra`` has ``features [nodes, words]``, every row of sum 1, and ``adjacency``, sparse:
-    D^(-1/2) (A + I) D^(-1/2) with D the degrees (Kipf & Welling 2017).
+    The graph is one example: inputs ``[1, n]`` are numbers of nodes, labels their classes. ``extra`` has
+    ``features [nodes, words]``, every row of sum 1, and ``adjacency``, sparse: D^(-1/2) (A + I) D^(-1/2) with D the degrees
+    (Kipf & Welling 2017).
 
     Args:
         folder: where the files ``ind.cora.*`` lie, or where they lie in ``raw``, ``Cora/raw`` or ``Planetoid/Cora/raw``.
@@ -65,12 +67,12 @@ def cora(folder: Path | None = None) -> Data:
 
 
 def citeseer(folder: Path | None = None) -> Data:
-    """CiteSeer: 3,327 papers with 3,703 words, 120 labelled, 6 classes; see :func:`cora`."""
+    """CiteSeer: 3,327 papers with 3,703 words, 6 classes, 120 labels to train on; see :func:`cora`."""
     return _planetoid("citeseer", "CiteSeer", folder)
 
 
 def pubmed(folder: Path | None = None) -> Data:
-    """Pubmed: 19,717 papers with 500 words, 60 labelled, 3 classes; see :func:`cora`."""
+    """Pubmed: 19,717 papers with 500 words, 3 classes, 60 labels to train on; see :func:`cora`."""
     return _planetoid("pubmed", "PubMed", folder)
 
 
@@ -100,10 +102,16 @@ def assembled(content: Mapping[str, object]) -> Data:
     labels = torch.zeros(count, dtype=torch.long)
     labels[:start] = torch.from_numpy(np.asarray(content["ally"]).argmax(1))
     labels[torch.from_numpy(index)] = torch.from_numpy(np.asarray(content["ty"]).argmax(1))
-    train, test = torch.arange(len(np.asarray(content["y"]))), torch.from_numpy(np.sort(index))
+    first = len(np.asarray(content["y"]))
+    train, validation = (
+        torch.arange(first),
+        torch.arange(first, min(first + _VALIDATION, start)),
+    )  # the nodes that follow
+    nodes = [train, torch.from_numpy(np.sort(index)), validation]
+    splits = [Split(one[None], labels[one][None]) for one in nodes]
     features = features / features.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     extra = {"features": features, "adjacency": adjacency(content["graph"], count)}  # type: ignore[arg-type]
-    return Data(Split(train, labels[train]), Split(test, labels[test]), extra=extra)
+    return Data(splits[0], splits[1], extra=extra, validation=splits[2])
 
 
 def adjacency(graph: Mapping[int, Sequence[int]], count: int) -> Tensor:

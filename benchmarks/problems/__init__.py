@@ -2,7 +2,7 @@
 
 from .catalog import ACCURACY, LOGIT_ERROR, PIXEL_ERROR, classification, reconstruction, squares
 from .models import autoencoder, small_cnn
-from .problem import PROBLEMS, Metric, Problem, Target, batches, evaluate, register, shuffled, steps_of
+from .problem import PROBLEMS, Metric, Problem, Target, batches, evaluate, penalised, register, shuffled, steps_of
 
 __all__ = [
     "ACCURACY",
@@ -16,6 +16,7 @@ __all__ = [
     "batches",
     "classification",
     "evaluate",
+    "penalised",
     "reconstruction",
     "register",
     "shuffled",

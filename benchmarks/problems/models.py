@@ -106,7 +106,9 @@ def _normal(model: nn.Sequential) -> nn.Sequential:
 
 
 class GCN(nn.Module):
-    """Two graph convolutions, H' = Â (H Wᵀ) + c (Kipf & Welling 2017): 16 hidden units, ReLU, dropout 0.5.
+    """Two graph convolutions, H' = (Â H) Wᵀ + c (Kipf & Welling 2017): 16 hidden units, ReLU, dropout 0.5.
+
+    A graph is one example, and its nodes are positions: linear layers see what their neighbours sent.
 
     Args:
         data: its ``extra`` has ``features [nodes, words]`` and the sparse ``adjacency`` Â.
@@ -119,19 +121,23 @@ class GCN(nn.Module):
 
     def __init__(self, data: Data, classes: int, hidden: int = 16) -> None:
         super().__init__()
-        self.register_buffer("features", data.extra["features"], persistent=False)
+        self.register_buffer("features", data.extra["features"].to_sparse(), persistent=False)
         self.register_buffer("adjacency", data.extra["adjacency"], persistent=False)
-        self.first = nn.Linear(self.features.shape[1], hidden, bias=False)
-        self.first_bias = nn.Parameter(torch.zeros(hidden))
+        self.first = nn.Linear(self.features.shape[1], hidden)
         self.second = nn.Linear(hidden, classes)
         self.dropout = nn.Dropout(0.5)
-        nn.init.xavier_uniform_(self.first.weight)
-        nn.init.xavier_uniform_(self.second.weight)
+        for layer in (self.first, self.second):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, nodes: Tensor) -> Tensor:
-        """Logits ``[n, classes]`` of some nodes ``[n]``."""
-        hidden = F.relu(self.adjacency @ self.first(self.dropout(self.features)) + self.first_bias)
-        return self.second((self.adjacency @ self.dropout(hidden))[nodes])
+        """Logits ``[1, n, classes]`` of some nodes ``[1, n]``."""
+        words = self.features
+        kept = torch.sparse_coo_tensor(  # dropout leaves zeros zero, and most of them are
+            words.indices(), self.dropout(words.values()), words.shape, is_coalesced=True
+        )
+        hidden = F.relu(self.first((self.adjacency @ kept.to_dense())[None]))
+        return self.second((self.adjacency @ self.dropout(hidden[0]))[nodes])
 
 
 class GPT(nn.Module):

@@ -69,10 +69,12 @@ class Problem:
         target: what counts as reached.
         points: evaluations an epoch.
         metric: what people quote besides the loss.
+        penalty: what is added to the training loss, of the model; held-out losses are without it.
         augment: from a batch's inputs and a generator to inputs of the same shape.
         decay: from the share of the budget that is spent to a factor of the step size; none keeps it constant.
         seconds: the published time budget, where there is one.
-        tunable: what a search looks at: the training loss (``"train"``), or held-out ``"test"`` loss or ``"metric"``.
+        tunable: what a search looks at: the training loss (``"train"``), or held-out ``"test"`` loss or ``"metric"``, of
+            validation data where there are such.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Problem:
     target: Target
     points: int = 1
     metric: Metric | None = None
+    penalty: Callable[[nn.Module], Tensor] | None = None
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     decay: Callable[[float], float] | None = None
     seconds: float | None = None
@@ -122,6 +125,11 @@ def evaluate(model: nn.Module, problem: Problem, split: Split) -> tuple[float, f
         metric += float(problem.metric.of(outputs, chunk)) * len(chunk) if problem.metric else float("nan")
     model.train(training)
     return loss / len(split), metric / len(split)
+
+
+def penalised(loss: Tensor, problem: Problem, model: nn.Module) -> Tensor:
+    """A mean loss of examples as it is trained on."""
+    return loss if problem.penalty is None else loss + problem.penalty(model)
 
 
 def steps_of(problem: Problem, data: Data, epochs: int) -> int:

@@ -27,9 +27,10 @@ class SOAP(CurvatureOptimizer):
         d    = (m̂ ×_1 Q_1ᵀ … ×_k Q_kᵀ) / (√v̂ + ε) ×_1 Q_1 … ×_k Q_k
         w   <- (1 - lr·weight_decay) w - lr d
 
-    with m̂, v̂ divided by 1 - β^n. m is kept in the bases, as in the authors' code, and turned with them. Vectors have Adam. Unlike the authors' code, the basis of a step knows its gradient, so that
-    no first step is skipped; and v is carried over by the squared overlaps of old and new vectors, where theirs follows
-    the order of the vectors alone. Theirs leaves axes above 10,000 entries alone; here axes are cut in blocks.
+    with m̂, v̂ divided by 1 - β^n. m is kept in the bases, as in the authors' code, and turned with them. Vectors have Adam.
+    Unlike the authors' code, the basis of a step knows its gradient, so that no first step is skipped; and v is carried
+    over by the squared overlaps of old and new vectors, where theirs follows the order of the vectors alone. Theirs leaves
+    axes above 10,000 entries alone; here axes are cut in blocks.
 
     Args:
         params: parameters, groups, named parameters, or a model.

@@ -35,7 +35,8 @@ def record(
         "note": "",
         "environment": {"device": "cpu", "threads": 1},
     }
-    spec = Spec(problem=problem, method=method, settings=settings, seed=seed, **budget)
+    wanted = {name: more.pop(name) for name in ("purpose", "schedule") if name in more}
+    spec = Spec(problem=problem, method=method, settings=settings, seed=seed, **budget, **wanted)
     return Record(spec=spec, status=status, points=points, **{**content, **more})
 
 

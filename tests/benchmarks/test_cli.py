@@ -45,8 +45,8 @@ REPORT = session.write_report
 
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch):
-    def quick(records, folder, title, tuning):
-        assert records
+    def quick(records, folder, title, tuning, chosen):
+        assert [*records, *tuning]
         folder.mkdir(exist_ok=True)
         (folder / "index.html").write_text(title)
         return folder / "index.html"
@@ -86,7 +86,7 @@ trials = 3
         (("run", "tiny", "--threads", "-1"), "--threads must be a whole number from 1, got -1"),
         (("run", "tiny", "--jobs", "0"), "--jobs must be a whole number from 1, got 0"),
         (("run", "tiny", "--steps", "3", "--epochs", "1"), "--epochs and --steps are two budgets; give one"),
-        (("run", "tiny", "--seconds", "-3"), "budget.seconds must be a number above 0, got -3"),
+        (("run", "tiny", "--seconds", "-3"), "budget.seconds must be a finite number above 0, got -3"),
         (("run", "tiny", "--slice", "3/2"), "--slice must be I/N with I from 1 to N, such as 2/8, got '3/2'"),
         (("run", "tiny", "--device", "tpu"), "device must be cpu, cuda, cuda:N, mps or xpu, got 'tpu'"),
         (("run", "no.toml"), "the study file no.toml does not exist"),
@@ -134,7 +134,7 @@ def test_a_study_file_tunes_runs_and_reports(drawn):
     assert results.file.read_bytes() == before
     status, text = run("tune", "study.toml", "--out", "out")
     assert status == 0
-    assert text.count("3 trials: ") == 3
+    assert text.count("best of 3 trials") == 3
     assert results.file.read_bytes() == before
     assert run("report", "out", "--out", "elsewhere")[0] == 0
     assert Path("elsewhere/index.html").is_file()

@@ -112,19 +112,36 @@ def test_downloads_are_verified(monkeypatch, tmp_path, kind):
 
     def retrieve(url, known_hash, fname, path, progressbar):
         asked.append((url, known_hash))
-        (tmp_path / fname).write_bytes(content if known_hash is None else b"not looked at")
-        return str(tmp_path / fname)
+        (path / fname).write_bytes(content)
+        return str(path / fname)
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     monkeypatch.setenv("CURVLIB_CACHE", str(tmp_path))
     known = checksum(content, kind)
     file = File("a.bin", "https://example.org/set/", known)
-    assert file.download("set") == tmp_path / "a.bin"
+    assert file.download("set") == tmp_path / "set" / "a.bin"
     assert asked == [("https://example.org/set/a.bin", None if kind == "git" else known)]
     if kind == "git":  # which pooch does not know
         with pytest.raises(DataError, match=r"could not download other.bin .*not the official file"):
             File("other.bin", "https://example.org/", "git:00").download("set")
-        assert not (tmp_path / "other.bin").exists()
+        assert not (tmp_path / "set" / "other.bin").exists()
+    (tmp_path / "set" / ".lock").unlink()
+    (tmp_path / "set").chmod(0o500)  # a cache that others filled
+    before = len(asked)
+    assert file.download("set").read_bytes() == content
+    assert len(asked) == before
+    assert not (tmp_path / "set" / ".lock").exists()
+
+
+def test_what_a_killed_download_left_is_removed(monkeypatch, tmp_path):
+    import pooch
+
+    monkeypatch.setattr(pooch, "retrieve", lambda url, known_hash, fname, path, progressbar: (path / fname).touch())
+    monkeypatch.setenv("CURVLIB_CACHE", str(tmp_path))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "tmp1a2b3c").write_bytes(b"half of it")
+    File("a.bin", "https://example.org/", "sha256:00").download("set")
+    assert sorted(file.name for file in (tmp_path / "set").iterdir()) == [".lock", "a.bin"]
 
 
 def test_a_blob_has_the_name_that_git_gives_it():

@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,14 @@ def cifar_batch(count, seed, labels="labels", classes=10):
     return {"data": generator.integers(0, 256, (count, 3072), dtype=np.uint8), labels: drawn}
 
 
+def published(monkeypatch, name, batches, content=b""):
+    """Take some batches, and an archive of them, for the official ones."""
+    official = getattr(pixels, name)
+    known = {batch: (checksum(pickle.dumps(held, 2), "md5"), len(held["data"])) for batch, held in batches.items()}
+    file = File(official.file.name, "https://example.org/", checksum(content, "md5"))
+    monkeypatch.setattr(pixels, name, replace(official, file=file, batches=known))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_cifar10_is_read_in_the_official_order(tmp_path, monkeypatch, packed):
     batches = {f"data_batch_{number}": cifar_batch(4, number) for number in range(1, 6)}
@@ -72,8 +81,7 @@ def test_cifar10_is_read_in_the_official_order(tmp_path, monkeypatch, packed):
                 file.write_bytes(content)
     if packed:
         (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive.getvalue())
-        file = File("cifar-10-python.tar.gz", "https://example.org/", checksum(archive.getvalue(), "md5"))
-        monkeypatch.setattr(pixels, "_CIFAR10", file)
+    published(monkeypatch, "_CIFAR10", batches, archive.getvalue())
     loaded = data.cifar10(tmp_path)
     assert (loaded.train.inputs.shape, loaded.test.inputs.shape) == ((20, 3, 32, 32), (3, 3, 32, 32))
     assert loaded.train.labels[4:8].tolist() == batches["data_batch_2"]["labels"]
@@ -81,6 +89,58 @@ def test_cifar10_is_read_in_the_official_order(tmp_path, monkeypatch, packed):
     first = (loaded.train.inputs[4] * deviation + mean) * 255
     assert torch.allclose(first.flatten(), torch.from_numpy(batches["data_batch_2"]["data"][0]).float(), atol=1e-3)
     assert loaded.note == ""
+    if not packed:
+        inner = data.cifar10(tmp_path / "cifar10" / "cifar-10-batches-py")
+        assert torch.equal(inner.train.inputs, loaded.train.inputs)
+
+
+def unpacked(folder, monkeypatch, **changes):
+    """CIFAR-100 as a folder, of which some files are not as published."""
+    batches = {"train": cifar_batch(50, 0, "fine_labels"), "test": cifar_batch(5, 1, "fine_labels")}
+    published(monkeypatch, "_CIFAR100", batches)
+    (folder / "cifar-100-python").mkdir()
+    for name, batch in {**batches, **changes}.items():
+        content = batch if isinstance(batch, bytes) else pickle.dumps(batch, 2)
+        (folder / "cifar-100-python" / name).write_bytes(content)
+
+
+def test_batches_that_are_not_the_official_ones_are_told(tmp_path, monkeypatch):
+    unpacked(tmp_path, monkeypatch, test=cifar_batch(5, 7, "fine_labels"))
+    assert data.cifar100(tmp_path).note == "cifar100 from batches that are not the official files: test."
+
+
+WRONG = {
+    "few": cifar_batch(4, 7, "fine_labels"),
+    "coarse": cifar_batch(5, 7, "coarse_labels"),
+    "texts": {**cifar_batch(5, 7), "fine_labels": ["a"] * 5},
+    "floats": {"data": np.zeros((5, 3072)), "fine_labels": [0] * 5},
+    "flat": {"data": np.zeros(5 * 3072, np.uint8), "fine_labels": [0] * 5},
+    "a list": [1, 2],
+    "cut": pickle.dumps(cifar_batch(5, 7, "fine_labels"), 2)[:-100],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_damaged_batches_are_named(tmp_path, monkeypatch, what):
+    unpacked(tmp_path, monkeypatch, test=WRONG[what])
+    with pytest.raises(
+        DataError, match=r"cifar-100-python/test (holds data .* expected \[5, 3072\]|cannot be read)"
+    ) as caught:
+        data.cifar100(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_is_missing_is_named(tmp_path, monkeypatch):
+    unpacked(tmp_path, monkeypatch)
+    (tmp_path / "cifar-100-python" / "test").unlink()
+    with pytest.raises(DataError, match=r"cifar-100-python/test cannot be read"):
+        data.cifar100(tmp_path)
+
+
+def test_jpeg_images_are_counted(tmp_path):
+    np.savez(tmp_path / "cifar10_jpeg.npz", train_jpeg=np.zeros(3, np.uint8), train_offsets=np.zeros(4, np.int64))
+    with pytest.raises(DataError, match=r"cifar10_jpeg\.npz cannot be read"):
+        data.cifar10(tmp_path)
 
 
 def test_an_archive_that_is_not_the_official_one_is_refused(tmp_path):
@@ -89,11 +149,8 @@ def test_an_archive_that_is_not_the_official_one_is_refused(tmp_path):
         data.cifar100(tmp_path)
 
 
-def test_labels_outside_of_the_classes_are_refused(tmp_path):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    for name in ("train", "test"):
-        (folder / name).write_bytes(pickle.dumps(cifar_batch(50, 0, "fine_labels", 200)))
+def test_labels_outside_of_the_classes_are_refused(tmp_path, monkeypatch):
+    unpacked(tmp_path, monkeypatch, train=cifar_batch(50, 0, "fine_labels", 200))
     with pytest.raises(DataError, match=r"labels of cifar100 go from \d+ to 1\d\d, expected 0 to 99"):
         data.cifar100(tmp_path)
 
@@ -110,8 +167,9 @@ def test_a_graph_is_assembled_with_nodes_that_nobody_describes(tmp_path):
         "graph": {0: [1], 1: [0, 2], 2: [1, 2], 3: [0], 4: [], 5: [0]},
     }
     found = graphs.assembled(content)
-    assert found.train.inputs.tolist() == [0, 1]
-    assert (found.test.inputs.tolist(), found.test.labels.tolist()) == ([3, 5], [0, 1])
+    assert found.train.inputs.tolist() == [[0, 1]]
+    assert (found.validation.inputs.tolist(), found.validation.labels.tolist()) == ([[2]], [[1]])
+    assert (found.test.inputs.tolist(), found.test.labels.tolist()) == ([[3, 5]], [[0, 1]])
     assert torch.equal(found.extra["features"].sum(1), torch.tensor([1.0, 1, 1, 1, 0, 1]))
     dense = torch.zeros(6, 6)
     for one, other in ((0, 1), (1, 2), (3, 0), (5, 0)):
@@ -165,8 +223,8 @@ def test_original_autoencoder_files_are_preferred(tmp_path):
 
 REAL = {
     "fashion": ("train-images-idx3-ubyte*", (60000, 784), (10000, 784), [9, 0, 0, 3, 0]),
-    "cora": ("ind.cora.graph", (140,), (1000,), [3, 4, 4, 0, 3]),
-    "citeseer": ("ind.citeseer.graph", (120,), (1000,), [3, 1, 5, 5, 3]),
+    "cora": ("ind.cora.graph", (1, 140), (1, 1000), [3, 4, 4, 0, 3]),
+    "citeseer": ("ind.citeseer.graph", (1, 120), (1, 1000), [3, 1, 5, 5, 3]),
     "shakespeare": ("input.txt", (15685, 64), (1742, 64), None),
     "faces": ("olivettifaces.mat", (103500, 625), (41400, 625), [0] * 5),
 }
@@ -181,9 +239,14 @@ def test_real_files(name):
         pytest.skip(f"{folder} has no {file}")
     loaded = getattr(data, name)(folder)
     assert (tuple(loaded.train.inputs.shape), tuple(loaded.test.inputs.shape)) == (train, test)
-    assert labels is None or loaded.train.labels[:5].tolist() == labels
+    assert labels is None or loaded.train.labels.flatten()[:5].tolist() == labels
+    if loaded.validation is not None:
+        assert loaded.validation.inputs.shape == (1, 500)
     if name == "cora":
         assert loaded.extra["adjacency"]._nnz() == 2 * 5278 + 2708
     if name == "faces":
         assert abs(float(loaded.train.inputs.square().mean()) - 1) < 1e-4
         assert "not equal" in loaded.note
+        assert ("olivettifaces.mat is not the official file" in loaded.note) != autoencoding._OLIVETTI.is_official(
+            next(folder.glob(f"**/{file}")).read_bytes()
+        )

@@ -39,7 +39,7 @@ def example(name):
     if name.endswith("gcn"):
         graph = {node: [(node + 1) % 30, (node + 7) % 30] for node in range(30)}
         extra = {"features": torch.rand(30, 11), "adjacency": adjacency(graph, 30)}
-        nodes = torch.arange(4)
+        nodes = torch.arange(4)[None]
         return Data(Split(nodes, nodes % 3), Split(nodes, nodes % 3), extra=extra)
     if name.startswith("char"):
         text = torch.randint(0, 65, (3, 256 if name.endswith("384") else 64))
@@ -113,9 +113,31 @@ def test_a_graph_network_is_its_equations():
     given = example("cora-gcn")
     model = GCN(given, 3).eval()
     dense, features = given.extra["adjacency"].to_dense(), given.extra["features"]
-    hidden = (dense @ features @ model.first.weight.T + model.first_bias).relu()
+    hidden = (dense @ features @ model.first.weight.T + model.first.bias).relu()
     expected = dense @ hidden @ model.second.weight.T + model.second.bias
-    assert torch.allclose(model(torch.tensor([5, 2])), expected[[5, 2]], atol=1e-6)
+    assert torch.allclose(model(torch.tensor([[5, 2]])), expected[[5, 2]], atol=1e-6)
+
+
+def test_a_graph_network_drops_words_and_is_decayed_as_published():
+    torch.manual_seed(0)
+    given = example("cora-gcn")
+    model, seen = GCN(given, 3), []
+    model.first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for _ in range(2000):
+        model(given.train.inputs)
+    mean = torch.stack(seen).mean(0)
+    assert torch.allclose(mean[0], given.extra["adjacency"] @ given.extra["features"], atol=0.06)
+    assert not torch.allclose(seen[0], seen[1])
+    loss = PROBLEMS["cora-gcn"].penalty(model)
+    assert float(loss) == pytest.approx(5e-4 * 0.5 * float(model.first.weight.square().sum()))
+
+
+@pytest.mark.parametrize("method", ["kfac", "mbf-samples"])
+def test_a_graph_network_is_heard(method, monkeypatch, tmp_path):
+    problem, given = PROBLEMS["cora-gcn"], example("cora-gcn")
+    record = execute(Spec("cora-gcn", method, {}, 0, steps=3), given, Results(tmp_path))
+    assert problem.batch_size == len(given.train) == 1
+    assert record.warnings == []
 
 
 def test_losses_and_metrics_by_hand():

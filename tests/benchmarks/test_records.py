@@ -167,8 +167,17 @@ def test_a_run_is_claimed_once_and_a_dead_process_holds_nothing(tmp_path):
 
 def test_the_environment_says_what_decides_times():
     found = environment("cpu", "rich.console")
-    assert {"commit", "python", "packages", "system", "processor", "cores", "device", "threads", "precision"} == set(
-        found
-    )
+    assert {
+        "commit",
+        "python",
+        "packages",
+        "system",
+        "processor",
+        "cores",
+        "device",
+        "threads",
+        "jobs",
+        "precision",
+    } == set(found)
     assert {"curvlib", "torch", "rich"} <= set(found["packages"])
     assert "unknown" not in found["packages"].values()

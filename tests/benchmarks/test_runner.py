@@ -16,7 +16,7 @@ from torch import nn
 
 import curvlib
 from benchmarks import methods, runner
-from benchmarks.methods import METHODS, MethodError, method, title_of
+from benchmarks.methods import METHODS, MethodError, title_of
 from benchmarks.records import PARTS, Point, RecordError, Results, Spec, write_whole
 from benchmarks.runner import execute
 from tests.benchmarks.tiny import spec, tiny_data
@@ -272,7 +272,7 @@ def test_several_code_versions_in_one_run_are_told(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(spec(), tmp_path, interrupt)
     monkeypatch.setattr(runner, "commit", lambda: "bbb")
-    assert "under several code versions: aaa, bbb" in run(spec(), tmp_path).note
+    assert run(spec(), tmp_path).warnings == ["Stopped and resumed under several code versions: aaa, bbb."]
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------
@@ -286,7 +286,6 @@ def test_any_optimizer_joins(tmp_path):
         assert record.memory > 0
     assert title_of("Mine=torch.optim:AdamW") == "Mine"
     assert title_of("gone.module:Class") == "gone.module:Class"
-    assert method("Mine=torch.optim:AdamW").colour == method("Mine=adam").colour
 
 
 def test_a_method_of_ones_own_is_a_few_lines(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_the_page_on_studies_has_a_file_that_works(read):
         ("epochs = 3", "epochs = 0", "budget.epochs must be a whole number from 1, got 0"),
         ("epochs = 3", "epochs = true", "budget.epochs must be a whole number from 1, got True"),
         ("epochs = 3", "epochs = 3\nsteps = 4", "budget must have one of epochs, steps, seconds, got epochs, steps"),
-        ("seconds = 1.5", "seconds = -1", "budget.seconds must be a number above 0, got -1"),
+        ("seconds = 1.5", "seconds = -1", "budget.seconds must be a finite number above 0, got -1"),
         ("[budget.digits-cnn]", "[budget.digits-cn]", "unknown key 'digits-cn' in budget; did you mean 'digits-cnn'?"),
         ("[settings.Ours]", "[settings.Urs]", "unknown key 'Urs' in settings; did you mean 'Ours'?"),
         ("[space.Ours]", "[space.sgd]", "unknown key 'sgd' in space"),
@@ -172,7 +172,10 @@ def test_tuning_comes_first_and_its_choice_is_reported(tmp_path):
     assert {record.spec.settings["lr"] for record in reported} == {3e-2}
     assert {record.spec.settings.get("eps") for record in reported} == {1e-3, None}
     assert len(study.records(results)) == 26
-    assert list(study.edges(results)) == []
+    assert [(one.settings, one.trials, one.missing, one.open) for one in study.chosen(results)] == [
+        ({"lr": 3e-2}, 5, 0, ()),
+        ({"lr": 3e-2}, 5, 0, ()),
+    ]
     assert not any(study.left(results).values())
     assert study.wanted(Results(tmp_path)) == []
 

@@ -268,7 +268,9 @@ def test_momentum_inside_is_momentum_before(partition, schedule, solver):
         torch.manual_seed(0)
         weights = [nn.Parameter(torch.randn(6, 4, dtype=F64)) for _ in range(3)]
         root = Root(0.5, Damping(1e-2), solver, tolerance=1.0)
-        recipe = Recipe(partition, Moment(beta=0.9, debias=True), root, rule, schedule, axes="o i", block=EigenbasisBlock)
+        recipe = Recipe(
+            partition, Moment(beta=0.9, debias=True), root, rule, schedule, axes="o i", block=EigenbasisBlock
+        )
         optimizer = CurvatureOptimizer(weights, recipe, lr=0.1)
         for t in range(9):
             for number, weight in enumerate(weights):
