@@ -343,7 +343,7 @@ METHODS: dict[str, Method] = {
             curvlib.FullAdagrad,
             "#332288",
             "--",
-            {"digits-autoencoder": {"lr": 3e-2}, "digits-cnn": {"lr": 3e-2}},
+            {"digits-autoencoder": {"lr": 0.3, "damping": 1.0}, "digits-cnn": {"lr": 0.3, "damping": 0.1}},
             {"block_size": 256, "refresh_every": 10},
         ),
         Method(
@@ -365,7 +365,7 @@ METHODS: dict[str, Method] = {
             "#CC79A7",
             ":",
             {
-                "digits-autoencoder": {"lr": 1e-2},
+                "digits-autoencoder": {"lr": 3e-2},
                 "digits-cnn": {"lr": 1e-1},
                 "mnist-autoencoder": {"lr": 3e-3},
             },

@@ -137,7 +137,7 @@ SPACES: Mapping[str, Space] = {
     "layerwise-adamw": {"largest": Range(1e-3, 1e-1), "damping": Range(1e-4, 1e-1)},
     "rmsprop": {"lr": _LR},
     "adagrad": {"lr": _LARGE},
-    "full-adagrad": {"lr": _LARGE},
+    "full-adagrad": {"lr": _LARGE, "damping": Range(1e-3, 1.0)},
     "adam": {"lr": _LR, "eps": _EPS},
     "sgd": {"lr": _LARGE},
 }
