@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from benchmarks.methods import method
 from benchmarks.records import Point, Record, Results
 from benchmarks.space import Choice, Range
 from benchmarks.study import DIGITS, Budget, Study, StudyError, Tuning
 from benchmarks.study_file import read_study, written
 
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 FULL = """
 title = "All \\"of\\" it"
 problems = ["tiny", "digits-cnn"]
@@ -79,6 +83,16 @@ def test_a_file_says_all_that_python_says(read):
     )
     assert read(written(study)) == study
     assert read(written(DIGITS)) == DIGITS
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_studies_of_this_project_can_be_made(file):
+    study = read_study(file)
+    for problem, name in product(study.problems, study.methods):
+        settings = study.fixed_for(problem, name)
+        settings.pop("warm_start", None)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+        method(name).optimizer(model, settings)
 
 
 def test_the_page_on_studies_has_a_file_that_works(read):
