@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -50,7 +51,7 @@ def _unchecked(setting: Setting) -> Contest:
 
 
 def _first_order(
-    setting: Setting, name: str, shapes: Sequence[Shape], turns: int, on_nonfinite: str = "auto"
+    setting: Setting, name: str, shapes: Sequence[Shape], turns: int, on_nonfinite: Literal["auto", "off"] = "auto"
 ) -> Contest:
     ours, theirs = getattr(curvlib, name), getattr(torch.optim, name)
 
