@@ -44,9 +44,9 @@ from .optimizers import (
 from .partition import Partition, PartitionError
 from .preconditioner import Preconditioner
 from .recipe import Clip, Damping, Grafting, Moment, Momentum, Recipe, Root, Rule, Schedule, Tracking
-from .roots import register_solver
 from .routing import Route, RouteWarning
 from .signals import Signal, Tap
+from .solvers import register_solver
 
 __version__ = "0.1.0"
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_number
 from .precision import full_precision
-from .roots import How, Solution, damped, register_solver
+from .solvers import How, Solution, damped, register_solver
 
 Method = Literal["pade", "taylor", "eigh"]
 _DEGREES = {"pade": 5, "taylor": 10, "eigh": 1}

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .roots import SILENT, How, Solution, damped, register_solver
+from .solvers import SILENT, How, Solution, damped, register_solver
 
 _POWER_STEPS = 32
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from . import roots
+from . import solvers
 from .checks import Number, check_choice, check_count, check_number, check_period, number, period, resolve
 from .partition import Partition
 from .rule import Clip, Grafting, Momentum, Rule
@@ -232,7 +232,7 @@ class Root:
             object.__setattr__(self, "damping", Damping(self.damping))
         check_number("exponent", self.exponent)
         check_number("tolerance", self.tolerance, strict=True)
-        check_choice("solver", self.solver, ("auto", *roots.SOLVERS))
+        check_choice("solver", self.solver, ("auto", *solvers.SOLVERS))
         check_choice("dtype", self.dtype, (None, "float64"))
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import curvlib
-from curvlib import CurvatureOptimizer, NonFiniteGradient, TapWarning, roots
+from curvlib import CurvatureOptimizer, NonFiniteGradient, TapWarning, solvers
 
 METHODS = sorted(
     name
@@ -342,7 +342,7 @@ def exhausted(case: Case) -> str:
 
     from dataclasses import replace
 
-    with mock.patch.dict(roots.SOLVERS, {name: replace(roots.SOLVERS[name], solve=solve)}):
+    with mock.patch.dict(solvers.SOLVERS, {name: replace(solvers.SOLVERS[name], solve=solve)}):
         for _ in range(3):
             case.step()
     if raised and case.optimizer.health().kept == before:

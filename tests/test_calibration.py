@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from curvlib import Calibration, CurvatureOptimizer, Damping, Moment, Recipe, Root, calibrate, calibration, roots
+from curvlib import Calibration, CurvatureOptimizer, Damping, Moment, Recipe, Root, calibrate, calibration, solvers
 from curvlib.calibration import KINDS, read
-from curvlib.roots import How, chosen, suited
+from curvlib.solvers import How, chosen, suited
 
 CPU = torch.device("cpu")
 
@@ -33,13 +33,13 @@ def test_open_choices_go_by_size():
 
 def test_an_optimizer_uses_what_is_suited(monkeypatch):
     asked = []
-    newton = roots.SOLVERS["newton"]
+    newton = solvers.SOLVERS["newton"]
 
     def watched(matrix, damping, how):
         asked.append(matrix.shape[-1])
         return newton.solve(matrix, damping, how)
 
-    monkeypatch.setitem(roots.SOLVERS, "newton", roots.Solver(watched, newton.takes, newton.waits, newton.warm))
+    monkeypatch.setitem(solvers.SOLVERS, "newton", solvers.Solver(watched, newton.takes, newton.waits, newton.warm))
     calibrate({"cpu": Calibration(newton_rows=5)})
     weight = torch.nn.Parameter(torch.zeros(7, 3))
     recipe = Recipe("| ,...", Moment(composition="power-mean"), Root(0.5, Damping(0.1)))

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import curvlib
 from curvlib import TapWarning, roots
 from curvlib.distributed import shared_out
-from curvlib.roots import How, RootJob
+from curvlib.roots import RootJob
+from curvlib.solvers import How
 from tests.ranks import GROUPS, home, run
 
 F64 = torch.float64

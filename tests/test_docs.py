@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from curvlib import roots
+from curvlib import solvers
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page, monkeypatch):
     monkeypatch.setattr(
-        roots, "SOLVERS", {name: roots.SOLVERS[name] for name in ("cholesky", "eigh", "qr", "pade", "taylor")}
+        solvers, "SOLVERS", {name: solvers.SOLVERS[name] for name in ("cholesky", "eigh", "qr", "pade", "taylor")}
     )
     names: dict[str, object] = {}
     for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):

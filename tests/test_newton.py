@@ -10,7 +10,8 @@ from torch import nn
 
 import curvlib
 from curvlib.newton import inverse_root, largest_eigenvalue, steps_for
-from curvlib.roots import How, solve
+from curvlib.roots import solve
+from curvlib.solvers import How
 from tests.test_differentiable import power, spd
 
 F64 = torch.float64

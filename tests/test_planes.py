@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import curvlib
 from curvlib import planes
 from curvlib.calibration import KINDS
-from curvlib.roots import How, solve
+from curvlib.roots import solve
+from curvlib.solvers import How
 
 B = KINDS["cpu"].planes_count
 CPU = torch.device("cpu")

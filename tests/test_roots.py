@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvlib import CurvatureOptimizer, Damping, Moment, Recipe, Root, register_solver, roots
+from curvlib import CurvatureOptimizer, Damping, Moment, Recipe, Root, register_solver, solvers
 from curvlib.blocks import EigenBlock
-from curvlib.roots import How, RootJob, chosen, damped, diagonal_root, refresh, solve
+from curvlib.roots import RootJob, refresh, solve
+from curvlib.solvers import How, chosen, damped, diagonal_root
 
 C = 10.0  # constant of the error law, c·n·κ·u
 
@@ -214,7 +215,7 @@ def test_diagonal_roots():
 @pytest.fixture
 def register(monkeypatch):
     """``register_solver``, forgotten after the test."""
-    monkeypatch.setattr(roots, "SOLVERS", dict(roots.SOLVERS))
+    monkeypatch.setattr(solvers, "SOLVERS", dict(solvers.SOLVERS))
     return register_solver
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from curvlib.calibration import KINDS, Calibration, calibrate
 from curvlib.inverses import inverse
 from curvlib.planes import lay
-from curvlib.roots import SOLVERS, How
+from curvlib.solvers import SOLVERS, How
 
 from ..records import write_whole
 from .timing import Setting, timed

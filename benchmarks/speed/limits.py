@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvlib
-from curvlib.roots import How, RootJob, refresh
+from curvlib.roots import RootJob, refresh
+from curvlib.solvers import How
 
 from .case import Case, at_most, faster
 from .kronecker import small

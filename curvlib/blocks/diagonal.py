@@ -17,8 +17,8 @@ from ..contraction import Target, add_independent, add_samples, independent_plac
 from ..layout import Layout
 from ..moments import Weight
 from ..recipe import Damping, Recipe
-from ..roots import SILENT
 from ..signals import Signal
+from ..solvers import SILENT
 from .base import Block, Means, Spec, State, Sums
 
 

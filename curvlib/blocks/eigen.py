@@ -13,7 +13,8 @@ from ..checks import number
 from ..layout import FactorShape, Layout
 from ..moments import power
 from ..recipe import Damping, Recipe
-from ..roots import SILENT, Moved, RootJob, diagonal_root, solve
+from ..roots import Moved, RootJob, solve
+from ..solvers import SILENT, diagonal_root
 from .base import Spec, State
 from .standard import Place, StandardBlock, spread
 

@@ -14,7 +14,8 @@ from ..low_rank import truncated, whitened
 from ..moments import Weight
 from ..precision import flush_subnormals_
 from ..recipe import Recipe
-from ..roots import SILENT, How, RootJob, solve
+from ..roots import RootJob, solve
+from ..solvers import SILENT, How
 from .base import Block, Spec, State
 from .standard import put_in_place
 

@@ -14,8 +14,9 @@ from ..layout import Layout
 from ..moments import Weight
 from ..quasi_newton import bfgs_, compact, dot, times, usable
 from ..recipe import Recipe
-from ..roots import How, RootJob, chosen
+from ..roots import RootJob
 from ..signals import Signal
+from ..solvers import How, chosen
 from .base import Means, Spec, State, Sums
 from .standard import Place, StandardBlock, put_in_place
 

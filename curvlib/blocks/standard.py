@@ -15,8 +15,9 @@ from ..contraction import Place, Target, add_independent, add_samples, independe
 from ..layout import FactorShape, Layout, Region
 from ..moments import Weight
 from ..recipe import Recipe
-from ..roots import SILENT, How, RootJob, chosen, diagonal_root, solve
+from ..roots import RootJob, solve
 from ..signals import Signal
+from ..solvers import SILENT, How, chosen, diagonal_root
 from .base import Block, Spec, State, Sums
 
 

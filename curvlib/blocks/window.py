@@ -14,7 +14,8 @@ from ..layout import Layout
 from ..moments import Weight
 from ..precision import flush_subnormals_
 from ..recipe import Recipe
-from ..roots import SILENT, How, RootJob, chosen, solve
+from ..roots import RootJob, solve
+from ..solvers import SILENT, How, chosen
 from .base import Block, Spec, State
 from .standard import put_in_place
 
