@@ -301,7 +301,9 @@ def _target(left: Axes, right: Axes, section: Section, quantity: Quantity) -> No
     if section.problem is None or not section.goal or section.problem.target.of != quantity.name:
         return
     value = section.problem.target.value
-    for axes in (left, right):
+    low, high = left.get_ylim()  # which other curves set: what lies outside is pointed at
+    for axes in (left, right) if low <= value <= high else ():
         axes.axhline(value, color="0.4", linewidth=0.8, zorder=0)
-    place: Any = (1.01, value)
-    right.annotate("target", place, xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.3")
+    text = "target" if low <= value <= high else "target ↓" if value < low else "target ↑"
+    place: Any = (1.01, min(max(value, low), high))
+    right.annotate(text, place, xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.3")

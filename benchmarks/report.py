@@ -136,7 +136,7 @@ def _targets(found: Sequence[Section], folder: Path) -> str:
     for title in order:
         cells = [Cell(title, order=title, key=swatch(looks[title]))]
         cells += [
-            Cell(f"{mine[title]:.2f}", order=mine[title], best=mine[title] == max(mine.values())) for mine in scores
+            Cell(f"{mine[title]:.2f}", order=mine[title], best=0 < mine[title] == max(mine.values())) for mine in scores
         ]
         cells += [_cost(section, title) for section in aimed]
         rows.append(cells)
@@ -212,7 +212,7 @@ def _used(section: Section, chosen: Sequence[Chosen]) -> str:
     width = 3 if chosen else 2
     caption = f"Settings: {section.title}"
     return (
-        "<details open><summary>Settings, and how they were chosen</summary>"
+        f"<details open><summary>Settings{', and how they were chosen' if chosen else ''}</summary>"
         f"{table(heads[:width], [row[:width] for row in rows], caption)}</details>"
     )
 

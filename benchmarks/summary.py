@@ -13,7 +13,7 @@ from . import scaling
 from .answers import breakdown, finals, hit, paired, reference, to_target
 from .intervals import UNKNOWN, Interval, median_interval
 from .page import Cell
-from .records import Record
+from .records import Record, counted
 from .scaling import Longer
 from .sections import Entry, Quantity, Section, settings_key, settings_text, told
 from .study import Chosen
@@ -180,11 +180,14 @@ def _pairs(settings: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def how_chosen(one: Chosen) -> str:
     """Such as ``"best of 12 trials; lr at their end"``."""
     if one.missing:
-        return f"{one.missing} runs are missing"
+        return f"{counted(one.missing, 'runs')} missing"
+    trials = counted(one.trials, "trials")
     if one.settings is None:
-        return f"none of {one.trials} trials finished"
+        return f"none of {trials} finished"
+    if not one.settings:
+        return "nothing to choose"
     ends = f"; {' and '.join(one.open)} at the end of what was tried" if one.open else ""
-    return f"best of {one.trials} {'trial' if one.trials == 1 else 'trials'}{ends}"
+    return f"best of {trials}{ends}"
 
 
 def _longer(row: Row) -> Cell:

@@ -89,6 +89,7 @@ trials = 3
         (("run", "tiny", "--seconds", "-3"), "budget.seconds must be a finite number above 0, got -3"),
         (("run", "tiny", "--slice", "3/2"), "--slice must be I/N with I from 1 to N, such as 2/8, got '3/2'"),
         (("run", "tiny", "--device", "tpu"), "device must be cpu, cuda, cuda:N, mps or xpu, got 'tpu'"),
+        (("run", "tiny", "--device", "cuda:99"), "nothing can run on the device 'cuda:99': "),
         (("run", "no.toml"), "the study file no.toml does not exist"),
         (("run", "mnist-autoencoder", "--data", "no/such/folder"), "no/such/folder does not exist"),
         (("tune", "tiny", "--trials", "0"), "--trials must be a whole number from 1, got 0"),
@@ -236,6 +237,7 @@ def test_without_a_network_the_way_out_is_named(monkeypatch):
     status, text = run("run", "mnist-autoencoder", "--methods", "adam")
     assert (status, text.count("\n")) == (2, 1)
     assert "could not download" in text
+    assert "Max retries" not in text  # what is below it is told
     assert "--data" in text
 
 
@@ -277,4 +279,4 @@ def test_spans_of_time_are_readable():
         "2 h",
         "2 d",
     ]
-    assert spec().budget == "5 epochs"
+    assert [spec(epochs=count).budget for count in (1, 5)] == ["1 epoch", "5 epochs"]

@@ -132,8 +132,17 @@ def test_a_graph_network_drops_words_and_is_decayed_as_published():
     assert float(loss) == pytest.approx(5e-4 * 0.5 * float(model.first.weight.square().sum()))
 
 
+@pytest.fixture
+def _every_warning():
+    """Torch gives some of its warnings once in a process."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures("_every_warning")
 @pytest.mark.parametrize("method", ["kfac", "mbf-samples"])
-def test_a_graph_network_is_heard(method, monkeypatch, tmp_path):
+def test_a_graph_network_is_heard(method, tmp_path):
     problem, given = PROBLEMS["cora-gcn"], example("cora-gcn")
     record = execute(Spec("cora-gcn", method, {}, 0, steps=3), given, Results(tmp_path))
     assert problem.batch_size == len(given.train) == 1

@@ -12,6 +12,7 @@ from rich.console import Console
 from benchmarks.compare import compare
 from benchmarks.records import Results
 from benchmarks.study import Chosen
+from benchmarks.summary import how_chosen
 from benchmarks.terminal import Strip, show, show_table
 
 NAMES = ("mbf", "full-adagrad", "pytorch_optimizer:ScheduleFreeAdamW", "adam")
@@ -71,6 +72,15 @@ def test_what_tuning_chose_is_shown_and_where_it_ended_too_early():
     )
     assert re.search(r"│ Adam +│ damping=0.1, lr=0.0001 +│ best of 10 trials +│", text)
     assert re.search(r"│ SGD-m +│ lr=1 +│ +│", text)
+
+
+def test_where_nothing_was_searched_nothing_was_chosen():
+    ends = [({}, 1, 0, ()), (None, 1, 0, ()), (None, 3, 1, ())]
+    assert [how_chosen(Chosen("digits-cnn", "adam", *end)) for end in ends] == [
+        "nothing to choose",
+        "none of 1 trial finished",
+        "1 run missing",
+    ]
 
 
 def test_a_median_that_diverged_is_called_so():
