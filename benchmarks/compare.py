@@ -39,7 +39,7 @@ def compare(before: Path, after: Path, console: Console) -> None:
     say(f"{_versions(folders[1])} in {after} over {_versions(folders[0])} in {before}", console, "bold")
     for purpose, addition in _PURPOSES.items():
         for section in sections([old for old, _ in pairs.values() if old.spec.purpose == purpose]):
-            say(f"{section.title}, {section.budget}{addition}", console, "table.title")
+            say(f"{section.heading}{addition}", console, "table.title")
             show_table(compared(section, pairs), console)
     say("Medians of ratios, the second folder over the first, with 95 % intervals.", console)
     alone = [len(mine.keys() - other.keys()) for mine, other in (keys, keys[::-1])]

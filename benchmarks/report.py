@@ -108,8 +108,11 @@ def write_report(
 
 
 def _notes(found: Sequence[Section]) -> str:
-    told = {f"{section.title}: {text}": None for section in found for text in caveats(section)}
-    return "".join(note(text) for text in told)
+    whose: dict[str, dict[str, None]] = {}
+    for section in found:
+        for text in caveats(section):
+            whose.setdefault(text, {})[section.title] = None
+    return "".join(note(f"{', '.join(titles)}: {text}") for text, titles in whose.items())
 
 
 def _navigation(found: Sequence[Section], tried: Sequence[Section]) -> str:
@@ -203,7 +206,7 @@ def _used(section: Section, chosen: Sequence[Chosen]) -> str:
     heads = [("Method", ""), ("Settings", "of the runs above"), ("Chosen", "how")]
     rows = [
         [
-            Cell(one.entry.title, order=one.entry.title, key=swatch(one.entry), words=True),
+            Cell(one.title, order=one.title, key=swatch(one.entry) if one.entry else ""),
             Cell(one.settings, order=one.settings, words=True),
             Cell(one.how, order=one.how, words=True),
         ]

@@ -98,6 +98,11 @@ class Section:
     quantities: tuple[Quantity, ...]
 
     @property
+    def heading(self) -> str:
+        """The title with the budget, once."""
+        return self.title if self.title.endswith(self.budget) else f"{self.title}, {self.budget}"
+
+    @property
     def judged(self) -> Quantity:
         """The quantity that tuning looks at."""
         wanted = self.problem.tunable if self.problem is not None else "train"

@@ -192,6 +192,12 @@ def test_of_several_adams_the_best_is_the_reference():
     assert answers.reference(section).title == "Adam (lr=0.2)"
 
 
+def test_adam_is_known_by_what_it_is():
+    names = ("Mine=adam", "mbf", "torch.optim:NAdam", "torch.optim:SGD")
+    assert answers.reference(one([record(name) for name in names])).title == "Mine"
+    assert answers.reference(one([record(name) for name in names[1:]])) is None
+
+
 def test_step_times_are_paired_by_seed():
     section = one(
         [

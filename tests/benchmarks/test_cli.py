@@ -119,6 +119,20 @@ def test_help_teaches(capsys):
     assert run("list")[0] == 0
 
 
+def test_options_may_be_repeated_and_lists_split():
+    command = ("run", "tiny", "--method", "adam", "--methods", "sgd", "mbf", "--method", "adam", "--seeds", "1")
+    assert run(*command, "--steps", "2", "--out", "out")[0] == 0
+    assert [record.spec.method for record in Results(Path("out")).records()] == ["adam", "sgd", "mbf"]
+
+
+@pytest.mark.parametrize("arguments", [("--traceback", "report", "none"), ("report", "none", "--traceback")])
+def test_a_traceback_is_shown_where_it_is_asked_for(arguments):
+    status, text = run(*arguments)
+    assert status == 2
+    assert "Traceback" in text
+    assert text.splitlines()[-1].startswith("error: none holds no finished runs")
+
+
 def test_a_study_file_tunes_runs_and_reports(drawn):
     status, text = run("run", write(STUDY), "--out", "out")
     assert status == 0
