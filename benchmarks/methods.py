@@ -114,6 +114,7 @@ def check_titles(names: Sequence[str]) -> None:
 
 
 def _kind(made: Callable[..., Any] | None) -> str:
+    """What tells methods apart for their labels: torch's Adam may be called Adam, too."""
     return getattr(made, "__name__", "")
 
 

@@ -44,14 +44,6 @@ _BEST = (
     "that training began with."
 )
 _SENSITIVITY = "Every dot is a trial of tuning. Lines go through the best trial with each value of the setting."
-
-
-def _adam(found: Sequence[Section]) -> str:
-    """What is meant by Adam, where there is one."""
-    titles = dict.fromkeys(adam.title for section in found if (adam := reference(section)) is not None)
-    return _ADAM.format(html.escape(" or ".join(titles))) if titles else ""
-
-
 _ADAM = (
     '<p class="source">“Adam would need” is how much longer Adam (here: {}) takes to the loss at which a method ends: '
     "read off Adam's own curve where it gets there; marked “(fit)” where it does not, by extrapolating the power law "
@@ -113,6 +105,12 @@ def _notes(found: Sequence[Section]) -> str:
         for text in caveats(section):
             whose.setdefault(text, {})[section.title] = None
     return "".join(note(f"{', '.join(titles)}: {text}") for text, titles in whose.items())
+
+
+def _adam(found: Sequence[Section]) -> str:
+    """What is meant by Adam, where there is one."""
+    titles = dict.fromkeys(adam.title for section in found if (adam := reference(section)) is not None)
+    return _ADAM.format(html.escape(" or ".join(titles))) if titles else ""
 
 
 def _navigation(found: Sequence[Section], tried: Sequence[Section]) -> str:

@@ -52,7 +52,7 @@ def run_study(
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
-    results.records()
+    results.records()  # what is damaged is said before anything runs
     for name in study.problems:
         load(name, source)
     threads = study.threads or (min(2, torch.get_num_threads()) if jobs == 1 else torch.get_num_threads())

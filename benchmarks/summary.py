@@ -164,9 +164,9 @@ class Used:
 def used(section: Section, chosen: Sequence[Chosen]) -> list[Used]:
     """The settings of every entry, and what tuning says of them; then the methods that it has no settings for."""
     place = section.records[0].spec.problem
-    lost = [one for one in chosen if one.problem == place and one.settings is None]
+    lost = {title_of(one.method): how_chosen(one) for one in chosen if one.problem == place and one.settings is None}
     found = [_used(entry, chosen) for entry in section.entries]
-    return [*found, *(Used(title_of(one.method), "–", how_chosen(one)) for one in lost)]
+    return [*found, *(Used(title, "–", how) for title, how in lost.items())]
 
 
 def _used(entry: Entry, chosen: Sequence[Chosen]) -> Used:

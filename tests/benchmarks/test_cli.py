@@ -111,6 +111,14 @@ def test_a_typo_in_a_study_file_is_said_in_one_line():
     assert "study.toml: unknown key 'trails' in tuning; did you mean 'trials'?" in text
 
 
+def test_a_budget_does_not_change_what_a_schedule_means():
+    file = write(STUDY.replace("[tuning]\ntrials = 3", "[schedule.adam]\nfactor = 0.1\nevery = 4"))
+    status, text = run("run", file, "--epochs", "1", "--out", "out")
+    assert (status, text.count("\n")) == (2, 1)
+    assert "--epochs: step sizes of this study fall by steps; give --steps" in text
+    assert run("run", file, "--steps", "2", "--out", "out")[0] == 0
+
+
 def test_help_teaches(capsys):
     for arguments in (["--help"], ["run", "--help"], ["tune", "--help"]):
         with pytest.raises(SystemExit):
@@ -191,6 +199,18 @@ def test_slices_and_merging_make_the_whole():
     found = [{r.spec.key: r.reproducible() for r in Results(file.parent).records()} for file in (parts, whole)]
     assert found[0] == found[1]
     assert len(found[0]) == 6
+
+
+def test_slices_of_a_search_are_read_together():
+    write(STUDY)
+    for number in (1, 2):
+        status, text = run("run", "study.toml", "--slice", f"{number}/2", "--out", f"part{number}")
+        assert status == 0
+        assert "the search is not over" in text  # of the methods of the other slice
+    status, text = run("report", "part1", "part2", "--out", "both")
+    assert status == 0
+    assert text.count("best of 3 trials") == 3
+    assert "the search is not over" not in text
 
 
 def test_a_run_that_fails_does_not_stop_the_others():

@@ -211,6 +211,7 @@ def test_where_every_trial_diverged_nothing_is_reported(tmp_path):
     while wanted := study.wanted(results):
         finish(results, wanted, status="diverged")
     assert study.reported(results, ("tiny", "adam")) == []
+    assert study.left(results) == {("tiny", "adam"): 0}
     assert len(study.records(results)) == 3
 
 
