@@ -301,9 +301,9 @@ def _target(left: Axes, right: Axes, section: Section, quantity: Quantity) -> No
     if section.problem is None or not section.goal or section.problem.target.of != quantity.name:
         return
     value = section.problem.target.value
-    low, high = left.get_ylim()  # which other curves set: what lies outside is pointed at
-    for axes in (left, right) if low <= value <= high else ():
+    for axes in (left, right):
         axes.axhline(value, color="0.4", linewidth=0.8, zorder=0)
+    low, high = left.get_ylim()  # by the curves: a target beyond them is pointed at
     text = "target" if low <= value <= high else "target ↓" if value < low else "target ↑"
     place: Any = (1.01, min(max(value, low), high))
     right.annotate(text, place, xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.3")
