@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -44,10 +45,23 @@ def _many(setting: Setting, side: int) -> Contest:
     return _first_order(setting, "Adam", [(side, side)] * setting.size(200, 6), turns=50)
 
 
-def _first_order(setting: Setting, name: str, shapes: Sequence[Shape], turns: int) -> Contest:
+def _unchecked(setting: Setting) -> Contest:
+    side = setting.size(1024, 16)
+    return _first_order(setting, "Adam", [(side, side)] * 4, turns=10, on_nonfinite="off")
+
+
+def _first_order(
+    setting: Setting, name: str, shapes: Sequence[Shape], turns: int, on_nonfinite: Literal["auto", "off"] = "auto"
+) -> Contest:
     ours, theirs = getattr(curvlib, name), getattr(torch.optim, name)
+
+    def build(these: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer: curvlib.CurvatureOptimizer = ours(these, lr=1e-2)
+        optimizer.on_nonfinite = on_nonfinite
+        return optimizer
+
     return versus(
-        lambda these: ours(these, lr=1e-2),
+        build,
         lambda these: theirs(these, lr=1e-2, fused=True),
         shapes,
         setting,
@@ -96,6 +110,14 @@ CASES = (
             partial(_large, name=name),
         )
         for name in ("Adam", "AdamW")
+    ),
+    Case(
+        "adam-large-unchecked",
+        'the same Adam with on_nonfinite="off", which reads gradients once',
+        "torch Adam(fused=True)",
+        at_most(None),
+        at_most(None),
+        _unchecked,
     ),
     *(
         Case(
