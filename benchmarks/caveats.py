@@ -8,6 +8,7 @@ from typing import Any
 
 from .methods import MethodError, method
 from .naming import UnknownName
+from .records import counted
 from .sections import Entry, Section
 from .space import OUTSIDE
 
@@ -41,7 +42,7 @@ def _machines(section: Section) -> Iterator[str]:
             found.setdefault(name, Counter())[str(value)] += 1
     unequal = {name: values for name, values in found.items() if len(values) > 1}
     if unequal:
-        told = (f"{name} {_counted(values)}" for name, values in unequal.items())
+        told = (f"{name} {_listed(values)}" for name, values in unequal.items())
         yield f"Runs of different environments stand side by side: {'; '.join(told)}."
     most = max((int(jobs) for jobs in found.get("jobs", ())), default=1)
     if most > 1:
@@ -56,8 +57,8 @@ def _flat(environment: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _counted(values: Counter[str]) -> str:
-    return ", ".join(f"{value} ({count} {'run' if count == 1 else 'runs'})" for value, count in sorted(values.items()))
+def _listed(values: Counter[str]) -> str:
+    return ", ".join(f"{value} ({counted(count, 'runs')})" for value, count in sorted(values.items()))
 
 
 def _untuned(section: Section) -> Iterator[str]:

@@ -29,7 +29,7 @@ any torch optimizer, or Label= and one of these.
 examples:
   python -m benchmarks run study.toml --out results/mine
   python -m benchmarks run digits-cnn --methods mbf adam pytorch_optimizer:SOAP --epochs 10
-  python -m benchmarks run study.toml --slice 2/8               on the second of eight machines, with a folder in common
+  python -m benchmarks run study.toml --slice 2/8               on the second of eight machines without a folder in common
 """
 _TUNE = """Every method gets the same number of trials on every problem; seeds of tuning are never seeds of a report. What is
 chosen is printed; `run` with a study file that has a table [tuning] does this first, and then the runs of the report.

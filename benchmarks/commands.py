@@ -17,9 +17,9 @@ from .folders import gathered
 from .lab import run_lab
 from .methods import METHODS, MethodError, label, title_of
 from .naming import UnknownName, problem
-from .plan import Budget, Place, StudyError
+from .plan import Budget, Scope, StudyError
 from .problems import PROBLEMS
-from .records import RecordError
+from .records import BUDGETS, RecordError
 from .search import SearchError
 from .session import report, run_study
 from .speed import SpeedError, run_speed
@@ -99,6 +99,7 @@ def _study(options: argparse.Namespace) -> tuple[Study, str]:
     if options.study.endswith(".toml") or Path(options.study).is_file():
         file = Path(options.study)
         study = read_study(file)
+        _same_unit(study, budget)
         name = file.stem if file.stem != "study" else file.absolute().parent.name
         if options.methods:
             known = {label(one): one for one in study.methods}
@@ -113,7 +114,17 @@ def _study(options: argparse.Namespace) -> tuple[Study, str]:
     return replace(study, **changes, tuning=_tuning(options, study)), name
 
 
-def _without(table: Mapping[Place, object], gone: Set[str]) -> dict[Place, object]:
+def _same_unit(study: Study, budget: Mapping[str, float]) -> None:
+    """Refuse a budget in whose unit a schedule of the file would mean something else."""
+    courses = [study.course(*place) for place in study.places] if budget else []
+    units = {name for course in courses if "schedule" in course for name in BUDGETS if name in course}
+    if other := sorted(units - {*budget}):
+        raise UsageError(
+            f"--{next(iter(budget))}: step sizes of this study fall by {other[0]}; give --{other[0]}, or change the file"
+        )
+
+
+def _without(table: Mapping[Scope, object], gone: Set[str]) -> dict[Scope, object]:
     """What a table says of methods that are left."""
     return {place: one for place, one in table.items() if not gone & {*([place] if isinstance(place, str) else place)}}
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from .answers import ratios
 from .folders import held
 from .intervals import Interval
-from .records import Record, RecordError
+from .records import Record, RecordError, counted
 from .sections import Quantity, Section, sections
 from .summary import interval_cell
 from .terminal import Strip, say, show_table
@@ -30,21 +30,21 @@ def compare(before: Path, after: Path, console: Console) -> None:
         RecordError: where a folder holds no runs, or none that the other holds, too.
     """
     folders = [held(folder) for folder in (before, after)]
-    keys = [{record.spec.key: record for record in records} for records in folders]
-    pairs = {key: (keys[0][key], keys[1][key]) for key in keys[0] if key in keys[1]}
+    old, new = ({record.spec.key: record for record in records} for records in folders)
+    pairs = {key: (old[key], new[key]) for key in old if key in new}
     if not pairs:
         raise RecordError(
             f"{before} and {after} have no run in common: they must agree in problem, method, settings, seed and budget"
         )
     say(f"{_versions(folders[1])} in {after} over {_versions(folders[0])} in {before}", console, "bold")
     for purpose, addition in _PURPOSES.items():
-        for section in sections([old for old, _ in pairs.values() if old.spec.purpose == purpose]):
-            say(f"{section.title}, {section.budget}{addition}", console, "table.title")
+        for section in sections([one for one, _ in pairs.values() if one.spec.purpose == purpose]):
+            say(f"{section.heading}{addition}", console, "table.title")
             show_table(compared(section, pairs), console)
     say("Medians of ratios, the second folder over the first, with 95 % intervals.", console)
-    alone = [len(mine.keys() - other.keys()) for mine, other in (keys, keys[::-1])]
+    alone = [len(mine) - len(pairs) for mine in (old, new)]
     if any(alone):
-        say(f"Only in {before}: {alone[0]} runs; only in {after}: {alone[1]}.", console)
+        say(f"Only in {before}: {counted(alone[0], 'runs')}; only in {after}: {alone[1]}.", console)
 
 
 def compared(section: Section, pairs: dict[str, Pair]) -> list[Strip]:

@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from .records import Results, Spec
+from .records import Results, Spec, counted
 from .study import Study
 from .team import Outcome, describe
 
@@ -76,7 +76,7 @@ class Display:
 
     def others(self, runs: int) -> None:
         """Only what other processes do is left."""
-        self._progress.update(self._whole, description=f"waiting for {runs} runs of other processes")
+        self._progress.update(self._whole, description=f"waiting for {counted(runs, 'runs')} of other processes")
 
     def end(self, outcome: Outcome) -> None:
         """A run has ended."""

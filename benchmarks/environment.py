@@ -63,9 +63,7 @@ def _git(*arguments: str) -> str:
 def _version(package: str) -> str:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    distributions = metadata.packages_distributions().get(
-        package
-    )  # slow, for packages of another name than their modules
+    distributions = metadata.packages_distributions().get(package)  # slow, for who is not called as its module
     return metadata.version(distributions[0]) if distributions else "unknown"
 
 

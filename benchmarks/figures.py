@@ -303,5 +303,7 @@ def _target(left: Axes, right: Axes, section: Section, quantity: Quantity) -> No
     value = section.problem.target.value
     for axes in (left, right):
         axes.axhline(value, color="0.4", linewidth=0.8, zorder=0)
-    place: Any = (1.01, value)
-    right.annotate("target", place, xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.3")
+    low, high = left.get_ylim()  # by the curves: a target beyond them is pointed at
+    text = "target" if low <= value <= high else "target ↓" if value < low else "target ↑"
+    place: Any = (1.01, min(max(value, low), high))
+    right.annotate(text, place, xycoords=("axes fraction", "data"), va="center", fontsize=8, color="0.3")

@@ -39,7 +39,13 @@ def gathered(folders: Sequence[Path]) -> Gathered:
     for record in (record for part in parts for record in part.records):
         records.setdefault(record.spec.key, record)
     title = " and ".join(dict.fromkeys(part.title for part in parts))
-    return Gathered(title, list(records.values()), [one for part in parts for one in part.chosen])
+    return Gathered(title, list(records.values()), _united([one for part in parts for one in part.chosen]))
+
+
+def _united(chosen: Sequence[Chosen]) -> Sequence[Chosen]:
+    """A slice of a study has not done the searches of the others: one that is over somewhere is over."""
+    over = {(one.problem, one.method) for one in chosen if not one.missing}
+    return [one for one in chosen if not one.missing or (one.problem, one.method) not in over]
 
 
 def held(folder: Path) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import dist
 
 from matplotlib.colors import to_hex, to_rgb
 
@@ -11,6 +12,7 @@ from .methods import METHODS, named
 Dash = str | tuple[int, tuple[float, ...]]
 Look = tuple[str, Dash]
 
+_ALIKE = 0.15  # between red, green and blue of 0 to 1: colours that are closer cannot be told apart in a thin line
 _DASHES: Sequence[Dash] = ("-", "--", ":", "-.")
 # Optimizers from elsewhere have line styles that no method of the library has.
 _OUTSIDE: Sequence[Look] = [
@@ -23,25 +25,25 @@ _OUTSIDE: Sequence[Look] = [
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """The look of every method of a report: its own, unless another one has its colour.
 
-    While there are colours, none is given twice; then line styles tell methods of one colour apart.
+    While there are colours, no two are alike; then line styles tell methods of one colour apart.
     """
     roster = list(METHODS)
     order = sorted(set(names), key=lambda name: (roster.index(name) if name in METHODS else len(roster), name))
     found: dict[str, Look] = {}
     for name in order:
-        if (own := named(name)) is not None and own.colour not in _colours(found):
+        if (own := named(name)) is not None and _is_free(own.colour, found):
             found[name] = own.colour, own.dash
     for name in order:
         if name not in found:
             wishes = list(_wishes(name))
-            free = (look for look in wishes if look[0] not in _colours(found))
+            free = (look for look in wishes if _is_free(look[0], found))
             unlike = (look for look in wishes if look not in found.values())
             found[name] = next(free, None) or next(unlike, wishes[0])
     return {name: found[name] for name in order}
 
 
-def _colours(found: Mapping[str, Look]) -> set[str]:
-    return {colour for colour, _ in found.values()}
+def _is_free(colour: str, found: Mapping[str, Look]) -> bool:
+    return all(dist(to_rgb(colour), to_rgb(taken)) > _ALIKE for taken, _ in found.values())
 
 
 def _wishes(name: str) -> Iterator[Look]:

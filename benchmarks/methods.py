@@ -54,8 +54,8 @@ def method(name: str) -> Method:
         return METHODS[name]
     if "=" in name:
         known, _, other = name.partition("=")
-        if not known.strip():
-            raise MethodError(f"method {name!r} has an empty label; give Label={other or 'adam'}")
+        if not known.strip() or not other:
+            raise MethodError(f"method {name!r} is no Label=METHOD; give {known.strip() or 'Label'}={other or 'adam'}")
         return replace(method(other), name=name, title=known, settings={})
     if ":" not in name:
         raise UnknownName(
@@ -67,7 +67,7 @@ def method(name: str) -> Method:
         return replace(found, name=name)
     if inspect.isclass(found) and not issubclass(found, curvlib.CurvatureOptimizer):
         if not issubclass(found, torch.optim.Optimizer):
-            raise MethodError(f"{name} is no torch.optim.Optimizer, but a {found.__mro__[1].__name__}")
+            raise MethodError(f"{name} is a class, but no torch.optim.Optimizer")
         takes_parameters: Callable[..., torch.optim.Optimizer] = found
 
         def build(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
@@ -114,6 +114,7 @@ def check_titles(names: Sequence[str]) -> None:
 
 
 def _kind(made: Callable[..., Any] | None) -> str:
+    """What tells methods apart for their labels: torch's Adam may be called Adam, too."""
     return getattr(made, "__name__", "")
 
 

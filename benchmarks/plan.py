@@ -11,8 +11,8 @@ from .naming import nearest
 from .records import BUDGETS
 
 T = TypeVar("T")
-Place = str | tuple[str, str]
-"""A problem, the label of a method, or (problem, label)."""
+Scope = str | tuple[str, str]
+"""What a budget is said of: a problem, the label of a method, or (problem, label)."""
 
 
 class StudyError(ValueError):
@@ -56,7 +56,7 @@ class Schedule:
         return float(self.factor ** math.floor(spent / self.every + 1e-9))  # 60 epochs are shares of 200, rounded
 
 
-def closest(everywhere: T | None, table: Mapping[Place, T], problem: str, label: str) -> T | None:
+def closest(everywhere: T | None, table: Mapping[Scope, T], problem: str, label: str) -> T | None:
     """What holds for a method on a problem: what is said of both, else of the method, of the problem, of everything."""
     said = (table[place] for place in ((problem, label), label, problem) if place in table)
     return next(said, everywhere)
@@ -70,7 +70,7 @@ def known_keys(where: str, given: Mapping[str, Any], allowed: Sequence[str]) -> 
             raise StudyError(f"unknown key {name!r} {place}{nearest(name, allowed)} there are {', '.join(allowed)}")
 
 
-def known_places(where: str, given: Mapping[Place, Any], problems: Sequence[str], labels: Sequence[str]) -> None:
+def known_places(where: str, given: Mapping[Scope, Any], problems: Sequence[str], labels: Sequence[str]) -> None:
     """Refuse what is said of problems and methods that the study has not."""
     for place in given:
         if isinstance(place, str):

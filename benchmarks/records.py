@@ -90,9 +90,8 @@ class Spec:
 
     @property
     def budget(self) -> str:
-        """Such as ``"20 epochs"``."""
-        amount, unit = self.length
-        return f"{amount:g} {unit}"
+        """Such as ``"20 epochs"`` or ``"1 epoch"``."""
+        return counted(*self.length)
 
     @property
     def course(self) -> dict[str, Any]:
@@ -276,6 +275,11 @@ class Results:
             for file in (self.checkpoint(spec), *_partials(self.checkpoint(spec)), Path(lock.lock_file)):
                 file.unlink(missing_ok=True)
         lock.release()
+
+
+def counted(amount: float, unit: str) -> str:
+    """An amount of what is named in the plural, such as ``"1 epoch"``."""
+    return f"{amount:g} {unit.removesuffix('s') if amount == 1 else unit}"
 
 
 def unwritten(file: Path, error: OSError) -> RecordError:

@@ -44,14 +44,6 @@ _BEST = (
     "that training began with."
 )
 _SENSITIVITY = "Every dot is a trial of tuning. Lines go through the best trial with each value of the setting."
-
-
-def _adam(found: Sequence[Section]) -> str:
-    """What is meant by Adam, where there is one."""
-    titles = dict.fromkeys(adam.title for section in found if (adam := reference(section)) is not None)
-    return _ADAM.format(html.escape(" or ".join(titles))) if titles else ""
-
-
 _ADAM = (
     '<p class="source">“Adam would need” is how much longer Adam (here: {}) takes to the loss at which a method ends: '
     "read off Adam's own curve where it gets there; marked “(fit)” where it does not, by extrapolating the power law "
@@ -108,8 +100,17 @@ def write_report(
 
 
 def _notes(found: Sequence[Section]) -> str:
-    told = {f"{section.title}: {text}": None for section in found for text in caveats(section)}
-    return "".join(note(text) for text in told)
+    whose: dict[str, dict[str, None]] = {}
+    for section in found:
+        for text in caveats(section):
+            whose.setdefault(text, {})[section.title] = None
+    return "".join(note(f"{', '.join(titles)}: {text}") for text, titles in whose.items())
+
+
+def _adam(found: Sequence[Section]) -> str:
+    """What is meant by Adam, where there is one."""
+    titles = dict.fromkeys(adam.title for section in found if (adam := reference(section)) is not None)
+    return _ADAM.format(html.escape(" or ".join(titles))) if titles else ""
 
 
 def _navigation(found: Sequence[Section], tried: Sequence[Section]) -> str:
@@ -136,7 +137,7 @@ def _targets(found: Sequence[Section], folder: Path) -> str:
     for title in order:
         cells = [Cell(title, order=title, key=swatch(looks[title]))]
         cells += [
-            Cell(f"{mine[title]:.2f}", order=mine[title], best=mine[title] == max(mine.values())) for mine in scores
+            Cell(f"{mine[title]:.2f}", order=mine[title], best=0 < mine[title] == max(mine.values())) for mine in scores
         ]
         cells += [_cost(section, title) for section in aimed]
         rows.append(cells)
@@ -203,7 +204,7 @@ def _used(section: Section, chosen: Sequence[Chosen]) -> str:
     heads = [("Method", ""), ("Settings", "of the runs above"), ("Chosen", "how")]
     rows = [
         [
-            Cell(one.entry.title, order=one.entry.title, key=swatch(one.entry), words=True),
+            Cell(one.title, order=one.title, key=swatch(one.entry) if one.entry else ""),
             Cell(one.settings, order=one.settings, words=True),
             Cell(one.how, order=one.how, words=True),
         ]
@@ -212,7 +213,7 @@ def _used(section: Section, chosen: Sequence[Chosen]) -> str:
     width = 3 if chosen else 2
     caption = f"Settings: {section.title}"
     return (
-        "<details open><summary>Settings, and how they were chosen</summary>"
+        f"<details open><summary>Settings{', and how they were chosen' if chosen else ''}</summary>"
         f"{table(heads[:width], [row[:width] for row in rows], caption)}</details>"
     )
 

@@ -15,7 +15,7 @@ from .looks import Dash, Look, looks, variant
 from .methods import METHODS, title_of
 from .naming import UnknownName, problem
 from .problems import PROBLEMS, Problem
-from .records import BUDGETS, Point, Record, Spec
+from .records import BUDGETS, Point, Record, Spec, counted
 
 Name = Literal["train", "test", "metric"]
 
@@ -98,6 +98,11 @@ class Section:
     quantities: tuple[Quantity, ...]
 
     @property
+    def heading(self) -> str:
+        """The title with the budget, once."""
+        return self.title if self.title.endswith(self.budget) else f"{self.title}, {self.budget}"
+
+    @property
     def judged(self) -> Quantity:
         """The quantity that tuning looks at."""
         wanted = self.problem.tunable if self.problem is not None else "train"
@@ -168,10 +173,8 @@ def told(spec: Spec) -> dict[str, Any]:
     """Settings, and the schedule that they go with."""
     if spec.schedule is None:
         return dict(spec.settings)
-    return {
-        **spec.settings,
-        "schedule": "× {factor:g} every {every:g} {unit}".format(**spec.schedule, unit=spec.length[1]),
-    }
+    factor, every = spec.schedule["factor"], counted(spec.schedule["every"], spec.length[1])
+    return {**spec.settings, "schedule": f"× {factor:g} every {every}"}
 
 
 def settings_key(spec: Spec) -> str:
@@ -265,7 +268,8 @@ def _place(table: Mapping[str, Any], name: str) -> tuple[int, str]:
 
 def _natural(text: str) -> tuple[str, float]:
     amount, _, unit = text.partition(" ")
-    return (unit, float(amount)) if unit in BUDGETS else (text, 0.0)
+    known = [name for name in BUDGETS if unit in (name, name.removesuffix("s"))]
+    return (known[0], float(amount)) if known else (text, 0.0)
 
 
 def _plain(value: Any) -> str:

@@ -52,7 +52,7 @@ def run_study(
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
-    results.records()
+    results.records()  # what is damaged is said before anything runs
     for name in study.problems:
         load(name, source)
     threads = study.threads or (min(2, torch.get_num_threads()) if jobs == 1 else torch.get_num_threads())
@@ -87,8 +87,12 @@ def check(study: Study, source: Path | None) -> None:
 
     Raises:
         MethodError: where an optimizer refuses its settings.
-        RunError: where a model cannot be built.
+        RunError: where a model cannot be built, or the device is not here.
     """
+    try:
+        torch.empty(0, device=study.device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise RunError(f"nothing can run on the device {study.device!r}: {str(error).splitlines()[0]}") from error
     for name in study.problems:
         chosen = problem(name)
         with torch.random.fork_rng(devices=[]), gathered_warnings([]):  # runs record what is warned of

@@ -10,8 +10,8 @@ from .methods import check_titles, label, method
 from .naming import nearest, problem
 from .plan import (
     Budget,
-    Place,
     Schedule,
+    Scope,
     StudyError,
     check_number,
     check_seeds,
@@ -101,9 +101,9 @@ class Study:
     methods: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget | None = None
-    budgets: Mapping[Place, Budget] = field(default_factory=dict)
+    budgets: Mapping[Scope, Budget] = field(default_factory=dict)
     schedule: Schedule | None = None
-    schedules: Mapping[Place, Schedule] = field(default_factory=dict)
+    schedules: Mapping[Scope, Schedule] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     spaces: Mapping[str, Space] = field(default_factory=dict)
     tuning: Tuning | None = None
@@ -278,7 +278,7 @@ class Study:
             seeds = len(self.tuning.seeds)
             most = self.tuning.trials if self.space_for(*place) else 1
             left[place] = max(len(missing), (most - len(trials)) * seeds if missing else 0)
-            if purpose == "report":
+            if purpose == "report" and (missing or best(trials) is not None):
                 known = [results.known(spec) for spec in self.reported(results, place)]
                 left[place] += len(self.seeds) - sum(record is not None for record in known)
         return left

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from .methods import MethodError, label
 from .naming import UnknownName, problem
-from .plan import Budget, Place, Schedule, StudyError, check_table, known_keys
+from .plan import Budget, Schedule, Scope, StudyError, check_table, known_keys
 from .records import RecordError
 from .space import Range, Space, dimension
 from .study import Study, Tuning
@@ -78,12 +78,12 @@ def study_of(content: Mapping[str, Any]) -> Study:
 
 def _placed(
     name: str, kind: type[T], table: Mapping[str, Any], problems: Sequence[str], labels: Sequence[str]
-) -> tuple[T | None, dict[Place, T]]:
+) -> tuple[T | None, dict[Scope, T]]:
     """What a table says of everything, and what tables in it say of a problem, of a method, or of a method on a problem."""
     own = [one.name for one in fields(kind)]  # type: ignore[arg-type]
     example = _TABLES[name]
     known_keys(name, table, [*own, *problems, *labels])
-    found: dict[Place, Mapping[str, Any]] = {}
+    found: dict[Scope, Mapping[str, Any]] = {}
     for place in [place for place in table if place not in own]:
         inner = check_table(f"{name}.{place}", table[place], example)
         known_keys(f"{name}.{place}", inner, [*own, *(labels if place in problems else [])])
@@ -104,7 +104,7 @@ def _made(where: str, kind: type[T], given: Mapping[str, Any]) -> T:
     return kind(**given)
 
 
-def _dotted(place: Place) -> str:
+def _dotted(place: Scope) -> str:
     return ".".join(map(_key, [place] if isinstance(place, str) else place))
 
 

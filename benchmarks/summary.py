@@ -12,8 +12,9 @@ from typing import Any
 from . import scaling
 from .answers import breakdown, finals, hit, paired, reference, to_target
 from .intervals import UNKNOWN, Interval, median_interval
+from .methods import title_of
 from .page import Cell
-from .records import Record
+from .records import Record, counted
 from .scaling import Longer
 from .sections import Entry, Quantity, Section, settings_key, settings_text, told
 from .study import Chosen
@@ -145,22 +146,27 @@ def _final_cell(value: Interval) -> Cell:
 
 @dataclass(frozen=True)
 class Used:
-    """With which settings an entry ran, and how they were chosen.
+    """With which settings a method ran, and how they were chosen.
 
     Args:
-        entry: the runs.
+        title: of the method.
         settings: in words.
         how: in words; empty where nothing tells.
+        entry: the runs; none where tuning found no settings to run with.
     """
 
-    entry: Entry
+    title: str
     settings: str
     how: str
+    entry: Entry | None = None
 
 
 def used(section: Section, chosen: Sequence[Chosen]) -> list[Used]:
-    """The settings of every entry, and what tuning says of them."""
-    return [_used(entry, chosen) for entry in section.entries]
+    """The settings of every entry, and what tuning says of them; then the methods that it has no settings for."""
+    place = section.records[0].spec.problem
+    lost = {title_of(one.method): how_chosen(one) for one in chosen if one.problem == place and one.settings is None}
+    found = [_used(entry, chosen) for entry in section.entries]
+    return [*found, *(Used(title, "–", how) for title, how in lost.items())]
 
 
 def _used(entry: Entry, chosen: Sequence[Chosen]) -> Used:
@@ -170,7 +176,7 @@ def _used(entry: Entry, chosen: Sequence[Chosen]) -> Used:
     )
     fitting = (one for one in mine if set(_pairs(one.settings)) <= set(_pairs(spec.settings)))
     found = next(fitting, None)
-    return Used(entry, settings_text(told(spec)) or "defaults", "" if found is None else how_chosen(found))
+    return Used(entry.title, settings_text(told(spec)) or "defaults", "" if found is None else how_chosen(found), entry)
 
 
 def _pairs(settings: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -180,11 +186,14 @@ def _pairs(settings: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def how_chosen(one: Chosen) -> str:
     """Such as ``"best of 12 trials; lr at their end"``."""
     if one.missing:
-        return f"{one.missing} runs are missing"
+        return "the search is not over"
+    trials = counted(one.trials, "trials")
     if one.settings is None:
-        return f"none of {one.trials} trials finished"
+        return f"none of {trials} finished"
+    if not one.settings:
+        return "nothing to choose"
     ends = f"; {' and '.join(one.open)} at the end of what was tried" if one.open else ""
-    return f"best of {one.trials} {'trial' if one.trials == 1 else 'trials'}{ends}"
+    return f"best of {trials}{ends}"
 
 
 def _longer(row: Row) -> Cell:

@@ -59,7 +59,7 @@ def show(records: Sequence[Record], console: Console, title: str, chosen: Sequen
     console.print(title, style="bold", highlight=False, markup=False)
     for section in sections(records):
         aim = f" (target: {section.goal})" if section.goal else ""
-        say(f"{section.title}, {section.budget}{aim}", console, "table.title")
+        say(f"{section.heading}{aim}", console, "table.title")
         rows = summarize(section)
         show_table([_strip(column, rows) for column in columns(section)], console)
         show_table(_settings(section, chosen), console)
@@ -80,7 +80,7 @@ def _strip(column: Column, rows: Sequence[Row]) -> Strip:
 
 def _settings(section: Section, chosen: Sequence[Chosen]) -> list[Strip]:
     told = used(section, chosen)
-    strips = [Strip("Method", [one.entry.title for one in told], words=True, left=True)]
+    strips = [Strip("Method", [one.title for one in told], words=True, left=True)]
     strips.append(Strip("Settings", [one.settings for one in told], words=True, left=True))
     return [*strips, Strip("Chosen", [one.how for one in told], words=True, left=True)] if chosen else strips
 

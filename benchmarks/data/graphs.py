@@ -103,11 +103,8 @@ def assembled(content: Mapping[str, object]) -> Data:
     labels[:start] = torch.from_numpy(np.asarray(content["ally"]).argmax(1))
     labels[torch.from_numpy(index)] = torch.from_numpy(np.asarray(content["ty"]).argmax(1))
     first = len(np.asarray(content["y"]))
-    train, validation = (
-        torch.arange(first),
-        torch.arange(first, min(first + _VALIDATION, start)),
-    )  # the nodes that follow
-    nodes = [train, torch.from_numpy(np.sort(index)), validation]
+    following = torch.arange(first, min(first + _VALIDATION, start))  # which settings are chosen by
+    nodes = [torch.arange(first), torch.from_numpy(np.sort(index)), following]
     splits = [Split(one[None], labels[one][None]) for one in nodes]
     features = features / features.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     extra = {"features": features, "adjacency": adjacency(content["graph"], count)}  # type: ignore[arg-type]

@@ -92,7 +92,8 @@ class File:
                 path.unlink()
                 raise ValueError("what came is not the official file")
         except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            cause = getattr(next(iter(error.args), None), "reason", error)  # below what requests and urllib3 say of it
+            reason = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise DataError(
                 f"could not download {self.name} from {self.address}: {reason}; "
                 "with --data DIR (or CURVLIB_DATA) it is read from a folder"

@@ -192,6 +192,12 @@ def test_of_several_adams_the_best_is_the_reference():
     assert answers.reference(section).title == "Adam (lr=0.2)"
 
 
+def test_adam_is_known_by_what_it_is():
+    names = ("Mine=adam", "mbf", "torch.optim:NAdam", "torch.optim:SGD")
+    assert answers.reference(one([record(name) for name in names])).title == "Mine"
+    assert answers.reference(one([record(name) for name in names[1:]])) is None
+
+
 def test_step_times_are_paired_by_seed():
     section = one(
         [
@@ -221,21 +227,23 @@ def test_sections_are_problems_and_budgets_and_variants_are_told_apart():
             record(settings={"lr": 0.1, "eps": 1e-8}),
             record(settings={"lr": 0.2, "eps": 1e-8}),
             record(budget={"epochs": 40}),
+            record(budget={"epochs": 1}),
             record(budget={"seconds": 2.5}),
             record("its.own:Method", problem="elsewhere"),
             replace(record(), points=()),
         ]
     )
     assert [(section.name, section.title) for section in found] == [
+        ("digits-cnn-1-epoch", "Small CNN on digits, 1 epoch"),
         ("digits-cnn-5-epochs", "Small CNN on digits, 5 epochs"),
         ("digits-cnn-40-epochs", "Small CNN on digits, 40 epochs"),
         ("digits-cnn-2.5-seconds", "Small CNN on digits, 2.5 seconds"),
         ("elsewhere", "elsewhere"),
     ]
-    first = found[0].entries
+    first = found[1].entries
     assert [(entry.title, len(entry.records)) for entry in first] == [("Adam (lr=0.1)", 1), ("Adam (lr=0.2)", 1)]
     assert first[0].colour != first[1].colour
-    assert found[3].goal == ""
+    assert found[4].goal == ""
 
 
 def test_every_method_looks_the_same_on_a_page_and_outside_ones_differ():

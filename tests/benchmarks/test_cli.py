@@ -89,6 +89,7 @@ trials = 3
         (("run", "tiny", "--seconds", "-3"), "budget.seconds must be a finite number above 0, got -3"),
         (("run", "tiny", "--slice", "3/2"), "--slice must be I/N with I from 1 to N, such as 2/8, got '3/2'"),
         (("run", "tiny", "--device", "tpu"), "device must be cpu, cuda, cuda:N, mps or xpu, got 'tpu'"),
+        (("run", "tiny", "--device", "cuda:99"), "nothing can run on the device 'cuda:99': "),
         (("run", "no.toml"), "the study file no.toml does not exist"),
         (("run", "mnist-autoencoder", "--data", "no/such/folder"), "no/such/folder does not exist"),
         (("tune", "tiny", "--trials", "0"), "--trials must be a whole number from 1, got 0"),
@@ -110,12 +111,34 @@ def test_a_typo_in_a_study_file_is_said_in_one_line():
     assert "study.toml: unknown key 'trails' in tuning; did you mean 'trials'?" in text
 
 
+def test_a_budget_does_not_change_what_a_schedule_means():
+    file = write(STUDY.replace("[tuning]\ntrials = 3", "[schedule.adam]\nfactor = 0.1\nevery = 4"))
+    status, text = run("run", file, "--epochs", "1", "--out", "out")
+    assert (status, text.count("\n")) == (2, 1)
+    assert "--epochs: step sizes of this study fall by steps; give --steps" in text
+    assert run("run", file, "--steps", "2", "--out", "out")[0] == 0
+
+
 def test_help_teaches(capsys):
     for arguments in (["--help"], ["run", "--help"], ["tune", "--help"]):
         with pytest.raises(SystemExit):
             main(arguments)
         assert "examples:" in capsys.readouterr().out
     assert run("list")[0] == 0
+
+
+def test_options_may_be_repeated_and_lists_split():
+    command = ("run", "tiny", "--method", "adam", "--methods", "sgd", "mbf", "--method", "adam", "--seeds", "1")
+    assert run(*command, "--steps", "2", "--out", "out")[0] == 0
+    assert [record.spec.method for record in Results(Path("out")).records()] == ["adam", "sgd", "mbf"]
+
+
+@pytest.mark.parametrize("arguments", [("--traceback", "report", "none"), ("report", "none", "--traceback")])
+def test_a_traceback_is_shown_where_it_is_asked_for(arguments):
+    status, text = run(*arguments)
+    assert status == 2
+    assert "Traceback" in text
+    assert text.splitlines()[-1].startswith("error: none holds no finished runs")
 
 
 def test_a_study_file_tunes_runs_and_reports(drawn):
@@ -178,6 +201,18 @@ def test_slices_and_merging_make_the_whole():
     assert len(found[0]) == 6
 
 
+def test_slices_of_a_search_are_read_together():
+    write(STUDY)
+    for number in (1, 2):
+        status, text = run("run", "study.toml", "--slice", f"{number}/2", "--out", f"part{number}")
+        assert status == 0
+        assert "the search is not over" in text  # of the methods of the other slice
+    status, text = run("report", "part1", "part2", "--out", "both")
+    assert status == 0
+    assert text.count("best of 3 trials") == 3
+    assert "the search is not over" not in text
+
+
 def test_a_run_that_fails_does_not_stop_the_others():
     methods = ("tests.benchmarks.tiny:broken", "adam")
     status, text = run("run", "tiny", "--methods", *methods, "--seeds", "1", "--out", "out")
@@ -236,6 +271,7 @@ def test_without_a_network_the_way_out_is_named(monkeypatch):
     status, text = run("run", "mnist-autoencoder", "--methods", "adam")
     assert (status, text.count("\n")) == (2, 1)
     assert "could not download" in text
+    assert "Max retries" not in text  # what is below it is told
     assert "--data" in text
 
 
@@ -277,4 +313,4 @@ def test_spans_of_time_are_readable():
         "2 h",
         "2 d",
     ]
-    assert spec().budget == "5 epochs"
+    assert [spec(epochs=count).budget for count in (1, 5)] == ["1 epoch", "5 epochs"]

@@ -50,9 +50,9 @@ def test_a_method_is_what_it_is_whatever_its_label():
     assert method("A=B=adam").title == label("A=B=adam") == "A"
 
 
-@pytest.mark.parametrize("name", ["=adam", " =adam", "=torch.optim:Adam"])
-def test_an_empty_label_is_refused(name):
-    with pytest.raises(MethodError, match="has an empty label; give Label="):
+@pytest.mark.parametrize("name", ["=adam", " =adam", "=torch.optim:Adam", "Label="])
+def test_half_a_label_is_refused(name):
+    with pytest.raises(MethodError, match="is no Label=METHOD; give Label="):
         method(name)
 
 

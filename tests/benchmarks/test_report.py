@@ -16,6 +16,7 @@ from benchmarks.compare import compare
 from benchmarks.page import Cell, page, table
 from benchmarks.records import RecordError, Results
 from benchmarks.report import write_report
+from benchmarks.study import Chosen
 from benchmarks.terminal import show
 
 _VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -121,6 +122,24 @@ def test_tuning_is_told_apart_from_results(whole):
     assert (folder / "digits-cnn-best-of-k.pdf").is_file()
 
 
+def test_the_page_shows_what_was_chosen_and_what_was_not(tmp_path):
+    chosen = [
+        Chosen("digits-cnn", "adam", {"lr": 0.1}, 3, 0, ("lr",)),
+        Chosen("digits-cnn", "muon", None, 4, 0, ()),
+    ]
+    file = write_report([record(settings={"lr": 0.1})], tmp_path, "x", tuning(), chosen)
+    text = file.read_text()
+    assert "Settings, and how they were chosen" in text
+    assert "best of 3 trials; lr at the end of what was tried" in text
+    assert "none of 4 trials finished" in text
+
+
+def test_a_note_on_several_problems_is_told_once(tmp_path):
+    records = [record(problem=name, note="Made up.", settings={"lr": 0.1}) for name in ("digits-cnn", "elsewhere")]
+    text, _ = written(records, tmp_path)
+    assert '<p class="note" role="note">Small CNN on digits, elsewhere: Made up.</p>' in text
+
+
 def test_tuning_alone_is_reported(tmp_path):
     text, _ = written([], tmp_path, tuning())
     assert "3 trials" in text
@@ -161,6 +180,9 @@ def test_budgets_are_not_mixed(tmp_path):
     assert "Small CNN on digits, 5 epochs</h2>" in text
     assert "Small CNN on digits, 9 epochs</h2>" in text
     assert [row["runs"] for row in lines(tmp_path / "summary.csv")] == ["1", "1"]
+    console = Console(record=True, width=120, file=io.StringIO())
+    show([record(), record(seed=1, budget={"epochs": 9})], console, "x")
+    assert "Small CNN on digits, 5 epochs (target" in console.export_text()
 
 
 def test_nothing_to_report_is_an_error_in_one_line(tmp_path):

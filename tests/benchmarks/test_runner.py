@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_budgets_are_epochs_steps_or_seconds(tmp_path):
     assert (steps["epochs"], steps["steps"]) == (12, 7)
     assert record.points[-1].seconds >= 0.05 > record.points[-1].seconds - 2 * max(0.05, record.step_seconds)
     assert steps["seconds"] > 1
+
+
+def test_settings_are_chosen_by_validation_data(tmp_path):
+    given = replace(tiny_data(), validation=tiny_data().train.first(5))
+    results = Results(tmp_path)
+    ends = {
+        purpose: execute(replace(spec(epochs=1, lr=0.1), purpose=purpose), given, results).points[-1]
+        for purpose in ("report", "tuning")
+    }
+    assert ends["tuning"].train == ends["report"].train
+    assert ends["tuning"].test != ends["report"].test
+    alone = execute(replace(spec(epochs=1, lr=0.1), purpose="tuning"), tiny_data(), Results(tmp_path / "alone")).points[
+        -1
+    ]
+    assert alone.test == ends["report"].test
 
 
 def test_divergence_is_a_result(tmp_path):

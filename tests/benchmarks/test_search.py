@@ -37,6 +37,11 @@ def distance(value, target):
     return abs(math.log10(value / target))
 
 
+@pytest.mark.parametrize("name", SEARCHES)
+def test_where_there_is_nothing_to_choose_there_is_one_trial(name):
+    assert searched(SEARCHES[name], {}, lambda: 1.0, 12) == [Trial({}, 1.0)]
+
+
 def test_the_grid_is_that_of_the_papers():
     assert [LR.grid(place) for place in range(-4, 5)] == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
     assert [Range(0.0, 1.0, "linear").grid(place) for place in range(-3, 4)] == [None, 0.0, 0.25, 0.5, 0.75, 1.0, None]

@@ -127,7 +127,7 @@ def test_the_page_on_studies_has_a_file_that_works(read):
         ('"mbf"', '"mfb"', "unknown method 'mfb'; did you mean 'mbf'?"),
         ("optim:NAdam", "optim:NAdm", "module torch.optim has no 'NAdm'; did you mean 'NAdam'?"),
         ("torch.optim:", "torch.optimm:", "there is no module 'torch.optimm'"),
-        ("torch.optim:NAdam", "torch.nn:Linear", "is no torch.optim.Optimizer, but a Module"),
+        ("torch.optim:NAdam", "torch.nn:Linear", "is a class, but no torch.optim.Optimizer"),
         ('"mbf"', '"adam"', "methods must be different ones"),
         ('title = "', 'title = 3 # "', "title must be a text, got 3"),
         ("seeds = [0, 1]", "seeds = [0, 1", "Unclosed array"),
@@ -211,6 +211,7 @@ def test_where_every_trial_diverged_nothing_is_reported(tmp_path):
     while wanted := study.wanted(results):
         finish(results, wanted, status="diverged")
     assert study.reported(results, ("tiny", "adam")) == []
+    assert study.left(results) == {("tiny", "adam"): 0}
     assert len(study.records(results)) == 3
 
 

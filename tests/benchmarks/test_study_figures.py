@@ -105,6 +105,18 @@ def test_curves_have_the_colours_of_methods_and_a_legend_in_the_order_of_success
     assert ["target" in [text.get_text() for text in axes.texts] for axes in figure.axes] == [False, True, *[False] * 4]
 
 
+@pytest.mark.parametrize(("train", "mark"), [((3.0, 2.5, 2.0), "target ↓"), ((0.05, 0.04, 0.03), "target ↑")])
+def test_a_target_far_from_all_curves_is_pointed_at(train, mark, recwarn):
+    (section,) = sections([record("mbf", seed, train) for seed in (0, 1)])
+    figure = figures.curves(section)
+    whole(figure)
+    assert not recwarn.list  # such as of a layout that collapsed
+    (text,) = figure.axes[1].texts
+    assert text.get_text() == mark
+    for axes in figure.axes:
+        assert axes.get_window_extent().height > 100
+
+
 def test_a_curve_that_explodes_does_not_flatten_the_others():
     (section,) = sections([*study(2), record("its.own:Wild", 0, (2.3, 1e8, 1e12)), diverged("its.own:Lost")])
     low, high = figures.curves(section).axes[0].get_ylim()

@@ -12,6 +12,7 @@ from rich.console import Console
 from benchmarks.compare import compare
 from benchmarks.records import Results
 from benchmarks.study import Chosen
+from benchmarks.summary import how_chosen
 from benchmarks.terminal import Strip, show, show_table
 
 NAMES = ("mbf", "full-adagrad", "pytorch_optimizer:ScheduleFreeAdamW", "adam")
@@ -30,6 +31,8 @@ def study():
 CHOSEN = [
     Chosen("digits-cnn", "mbf", {"lr": 1e-4, "damping": 0.1}, 10, 0, ("damping",)),
     Chosen("digits-cnn", "adam", {"lr": 1e-4}, 10, 0, ()),
+    Chosen("digits-cnn", "muon", None, 10, 0, ()),
+    Chosen("elsewhere", "lion", None, 10, 0, ()),
 ]
 
 
@@ -71,6 +74,17 @@ def test_what_tuning_chose_is_shown_and_where_it_ended_too_early():
     )
     assert re.search(r"│ Adam +│ damping=0.1, lr=0.0001 +│ best of 10 trials +│", text)
     assert re.search(r"│ SGD-m +│ lr=1 +│ +│", text)
+    assert re.search(r"│ Muon +│ – +│ none of 10 trials finished +│", text)
+    assert "Lion" not in text
+
+
+def test_where_nothing_was_searched_nothing_was_chosen():
+    ends = [({}, 1, 0, ()), (None, 1, 0, ()), (None, 3, 1, ())]
+    assert [how_chosen(Chosen("digits-cnn", "adam", *end)) for end in ends] == [
+        "nothing to choose",
+        "none of 1 trial finished",
+        "the search is not over",
+    ]
 
 
 def test_a_median_that_diverged_is_called_so():
