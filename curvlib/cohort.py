@@ -18,7 +18,7 @@ from .blocks import Means
 from .interrupts import unbroken
 from .moments import Weight
 from .precision import flush_subnormals_
-from .recipe import Recipe
+from .recipe import Momentum, Recipe
 from .roots import RootJob
 from .rules import Tensors, gated
 from .storage import Bucket
@@ -212,23 +212,23 @@ class Cohort:
     def correct(self) -> None:
         """Average in what lives in the roots, if statistics were due; after the refresh."""
         block = self.bucket.block
-        if self._inside:
+        if self._inside is not None:
             assert block is not None
-            source = self.gradient if self.averaged is None else self.averaged[0]
-            self.reference = [block.turn(self.state, source[0])]
+            self.reference = [block.turn(self.state, self.gradient[0])]
         if self.averaged is None:
             return
         source, keep, gain = self.averaged
-        source = self.reference if self._inside else source
         assert block is not None
+        if self._inside is not None:
+            source = self.reference if source is self.gradient else [block.turn(self.state, source[0])]
         with unbroken:
             block.correct(self.state, source[0] if self.bucket.packed else source, self.recipe, keep, gain, self.scale)
 
     @property
-    def _inside(self) -> bool:
-        """Whether momentum is kept in the block's bases."""
+    def _inside(self) -> Momentum | None:
+        """The momentum that is kept in the block's bases."""
         momentum = self.recipe.rule.momentum
-        return momentum is not None and momentum.inside
+        return momentum if momentum is not None and momentum.inside else None
 
     def remember(self) -> None:
         """Keep the parameters of before the step, for a block that follows it."""
@@ -347,10 +347,9 @@ class Cohort:
         if block is not None:
             operand = self.reference[0] if packed else self.reference
             exponent = float(self.recipe.root.exponent)
-            if self._inside and rule.momentum is not None:
-                (operand,) = rules.apply_momentum(
-                    self.state["momentum"], self.reference, rule.momentum, self.step, packed, gate
-                )
+            if (inside := self._inside) is not None:
+                buffer = self.state["momentum"]
+                (operand,) = rules.apply_momentum(buffer, self.reference, inside, self.step, packed, gate)
                 divided = block.divide(self.state, operand, self.recipe, exponent, self.scale)
                 return [block.turn(self.state, divided, back=True)]
             applied = block.apply(self.state, operand, self.recipe, exponent, self.scale)

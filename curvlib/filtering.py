@@ -143,7 +143,7 @@ class Filter(Generic[B]):
         try:
             self.predict()
             self.update(inputs, observed)
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             self.mean, self.belief, self.prior_mean, self.prior_precision = before
             self._write()
             raise

@@ -25,7 +25,6 @@ from torch import Tensor
 from . import planes
 from .calibration import calibration
 from .inverses import inverse
-from .threads import shared
 
 SILENT = 1e-30
 """A factor whose relative damping is no larger has no signal yet; its inverse would leave the range of float32."""
@@ -214,13 +213,12 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
 def _eigendecomposition(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors; NaN for a matrix on which the solver does not converge."""
     try:
-        values, vectors = shared(torch.linalg.eigh, matrix)
+        return torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
         if matrix.shape[0] == 1:
             return torch.full_like(matrix[:, 0], torch.nan), torch.full_like(matrix, torch.nan)
         parts = [_eigendecomposition(one) for one in matrix.split(1)]
         return torch.cat([values for values, _ in parts]), torch.cat([vectors for _, vectors in parts])
-    return values, vectors
 
 
 def _qr(matrix: Tensor, damping: Tensor, how: How, previous: Tensor) -> Solution:

@@ -38,6 +38,27 @@ def test_resumed_equals_uninterrupted(kind):
         assert (whole.examples, whole.updates) == (other.examples, other.updates) == (8, 8)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
+@pytest.mark.parametrize("kind", [LoFi, ExtendedKalmanFilter])
+def test_a_step_that_stops_between_its_halves_changes_nothing(kind, error, monkeypatch):
+    one, twin = (kind(network(), dynamics=MOVING) for _ in range(2))
+
+    def stop(inputs, observed):
+        raise error
+
+    for each in (one, twin):
+        each.step(*examples("gaussian", 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "update", stop)
+        with pytest.raises(error):
+            one.step(*examples("gaussian", 1))
+    assert torch.equal(one.belief.dense(), twin.belief.dense())
+    for each in (one, twin):
+        each.step(*examples("gaussian", 1))
+    assert torch.equal(one.belief.dense(), twin.belief.dense())
+    assert torch.equal(one.mean, twin.mean)
+
+
 @pytest.mark.parametrize("kind", [LoFi, ExtendedKalmanFilter])
 def test_a_state_is_a_copy(kind):
     one, other = kind(network()), kind(network(1))

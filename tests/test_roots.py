@@ -212,6 +212,35 @@ def test_diagonal_roots():
 # -- registered solvers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bases_by_qr_are_orthogonal_where_columns_depend_on_each_other(dtype):
+    """Factors of full rank beside those of rank 2 and 1: Q is orthogonal to c·n·u, a hundred times that where R⁻¹ is used."""
+    size = 12
+    factors = torch.stack([spd(1, size, 10.0)[0], *(spd(1, size, 10.0, rank)[0] for rank in (2, 1))])
+    for place, rank in ((1, 2), (2, 1)):
+        columns = factors[place, :, :rank].clone()
+        factors[place] = columns @ columns.mT
+    start = torch.linalg.qr(torch.randn(3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    how = How(1.0, "qr", dtype, tolerance=1.0, basis=True, estimates=True)
+    solved, _ = solve(factors.to(dtype), torch.zeros(3, dtype=dtype), how, start.Q.to(dtype))
+    basis = solved[:, :-1].double()
+    error = (basis.mT @ basis - torch.eye(size, dtype=torch.float64)).norm(dim=(1, 2))
+    assert (error <= 100 * C * size * torch.finfo(dtype).eps).all()
+    assert (error[1:] <= C * size * torch.finfo(dtype).eps).all()
+
+
+def test_estimates_of_eigenvalues_become_eigenvalues():
+    matrix, how = spd(3, 6, 1e3), How(1.0, "qr", torch.float64, tolerance=1.0, basis=True, estimates=True)
+    basis = torch.linalg.eigh(matrix + 0.01 * spd(3, 6, 10.0, 1)).eigenvectors
+    errors = []
+    for _ in range(30):
+        solved, _ = solve(matrix, torch.zeros(3, dtype=torch.float64), how, basis)
+        basis, values = solved[:, :-1], solved[:, -1]
+        errors.append(((values - torch.linalg.eigvalsh(matrix).flip(-1)) / values).abs().max())
+    assert errors[0] > 1e-3
+    assert errors[-1] < 1e-10  # neighbours are four times as large, and a step divides their share by that
+
+
 @pytest.fixture
 def register(monkeypatch):
     """``register_solver``, forgotten after the test."""
