@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import rules
 from .blocks import Means
 from .interrupts import unbroken
+from .members import Members, members_of, picked
 from .moments import Weight
 from .precision import flush_subnormals_
 from .recipe import Momentum, Recipe
@@ -26,7 +27,6 @@ from .units import Lineup, Unit
 
 Group = Mapping[str, Any]
 Given = Mapping[str, Mapping[Tensor, Tensor]]
-T = TypeVar("T")
 
 
 @dataclass
@@ -48,68 +48,6 @@ class Piece:
     reference: Tensor
     group: int
     source: Tensor
-
-
-class Members:
-    """Rows of a bucket that step together, with the tensors that belong to them; kept from step to step.
-
-    Attributes:
-        rows: numbers of their units in the bucket.
-        whole: whether these are all of it.
-        units: theirs.
-        parameters: every parameter, one unit after the other.
-        groups: the number of each parameter's group.
-        used: these numbers.
-        index: the rows on the device, where they are not all.
-    """
-
-    def __init__(self, bucket: Bucket, rows: list[int]) -> None:
-        self.rows, self.whole = rows, len(rows) == len(bucket.units)
-        self.units = [bucket.units[row] for row in rows]
-        self.parameters = [one for unit in self.units for one in unit.operand.parameters]
-        self.groups = [group for unit in self.units for group in unit.groups]
-        self.used = set(self.groups)
-        self._all = _places(self.groups, range(len(self.groups)))
-        self.index = None if self.whole else torch.tensor(rows, device=bucket.structure.device)
-        self._packed = bucket.packed
-        self._pointers: list[int] = []
-        self._views: list[Tensor] = []
-        # Views of what stays where it is are cut once.
-        lasting = [bucket.workspace, *(one for name in bucket.like for one in bucket.state[name])]
-        self._kept = [(one, self._windows(one)) for one in lasting if one is not None and bucket.packed and self.whole]
-
-    def gradients(self) -> list[Tensor | None]:
-        """Of every parameter, as they lie."""
-        return [one.grad for one in self.parameters]
-
-    def by_group(self, gradients: Sequence[Tensor | None]) -> dict[int, list[int]]:
-        """For each group the places of those parameters that have a gradient."""
-        there = [place for place, gradient in enumerate(gradients) if gradient is not None]
-        return self._all if len(there) == len(self.groups) else _places(self.groups, there)
-
-    def views(self) -> list[Tensor]:
-        """Every parameter with the dimensions of its window, for as long as it lies where it lay."""
-        if not self._packed:
-            return self.parameters
-        pointers = [one.data_ptr() for one in self.parameters]
-        if pointers != self._pointers:
-            detached = ([one.detach() for one in unit.operand.parameters] for unit in self.units)
-            pairs = zip(self.units, detached, strict=True)
-            self._views = [view for unit, mine in pairs for view in unit.operand.views(mine)]
-            self._pointers = pointers
-        return self._views
-
-    def windows(self, tensors: Tensors) -> list[Tensor]:
-        """Operands cut into their parameters: a view for every one."""
-        if not self._packed:
-            return list(tensors)
-        (packed,) = tensors
-        known = next((windows for one, windows in self._kept if one is packed), None)
-        return self._windows(packed) if known is None else known
-
-    def _windows(self, packed: Tensor) -> list[Tensor]:
-        pairs = zip(self.units, packed.unbind(), strict=True)
-        return [window for unit, one in pairs for window in unit.operand.windows(one)]
 
 
 @dataclass
@@ -417,7 +355,7 @@ def cohorts(
     found = [
         Cohort(
             bucket,
-            _members(bucket, rows),
+            members_of(bucket, rows),
             chosen[recipe],
             step,
             updates,
@@ -430,23 +368,3 @@ def cohorts(
     alone = len(found) == 1 and found[0].members.whole
     bucket.steady = (lineup, recipes, found[0].members, found[0].recipe) if alone else None
     return found
-
-
-def _places(groups: Sequence[int], there: Iterable[int]) -> dict[int, list[int]]:
-    places: dict[int, list[int]] = {}
-    for place in there:
-        places.setdefault(groups[place], []).append(place)
-    return places
-
-
-def picked(column: Sequence[T], places: Sequence[int]) -> list[T]:
-    """Those at some places."""
-    return list(column) if len(places) == len(column) else [column[place] for place in places]
-
-
-def _members(bucket: Bucket, rows: list[int]) -> Members:
-    """Those of these rows, as they were the last time if they were together then."""
-    known: Members | None = bucket.members.get(rows[0])
-    if known is None or known.rows != rows:
-        known = bucket.members[rows[0]] = Members(bucket, rows)
-    return known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,15 +63,9 @@ class Inspection:
     _masked: dict[str, Tensor]
     _taps: Taps
     _proof: tuple[Any, Proof] | None
-
-    def _recipes(self) -> dict[Unit, Recipe]:
-        raise NotImplementedError
-
-    def _tables(self) -> list[Table]:
-        raise NotImplementedError
-
-    def _bind(self) -> dict[Unit, Recipe]:
-        raise NotImplementedError
+    _recipes: Callable[[], dict[Unit, Recipe]]
+    _tables: Callable[[], list[Table]]
+    _bind: Callable[[], dict[Unit, Recipe]]
 
     def routing(self) -> dict[str, str]:
         """Parameter name -> its partition, and why: the route that took it.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .checks import number
-from .cohort import Cohort, Group, picked
+from .cohort import Cohort, Group
+from .members import picked
 from .recipe import Damping, Moment, Momentum, Recipe, Rule, Schedule
 
 Kernel = Callable[[Cohort, Sequence[Group], Tensor | None], None]

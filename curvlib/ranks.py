@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,12 +28,8 @@ class Ranks:
     _shards: Shards | None
     _lineup: Lineup | None
     _steps_itself: bool = True
-
-    def _all_units(self) -> list[Unit]:
-        raise NotImplementedError
-
-    def _recipes(self) -> dict[Unit, Recipe]:
-        raise NotImplementedError
+    _all_units: Callable[[], list[Unit]]
+    _recipes: Callable[[], dict[Unit, Recipe]]
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

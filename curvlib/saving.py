@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,21 +39,11 @@ class Saving(torch.optim.Optimizer):
     _passes: Passes
     _exchange: Exchange | None
     _shards: Shards | None
-
-    def _tables(self) -> list[Table]:
-        raise NotImplementedError
-
-    def _written(self, groups: Iterable[Mapping[str, Any]]) -> list[Table]:
-        raise NotImplementedError
-
-    def _all_units(self) -> list[Unit]:
-        raise NotImplementedError
-
-    def _expect(self) -> None:
-        raise NotImplementedError
-
-    def _forget(self) -> None:
-        raise NotImplementedError
+    _tables: Callable[[], list[Table]]
+    _written: Callable[[Iterable[Mapping[str, Any]]], list[Table]]
+    _all_units: Callable[[], list[Unit]]
+    _expect: Callable[[], None]
+    _forget: Callable[[], None]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint; statistics keep the dtype in which they were saved. Of shards on all ranks together.
