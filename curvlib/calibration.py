@@ -32,6 +32,8 @@ class Calibration:
         newton_rows: rows from which inverse roots below one are computed by products, see :mod:`curvlib.newton`, and not by
             an eigendecomposition, where ``solver="auto"``.
         chunk: entries of matrices that are solved in one call.
+        bucket: entries of operands that take a step in one call; on a CPU their temporaries stay in its caches, and small
+            enough for the allocator to keep.
 
     Raises:
         ValueError: naming the number, its value and what is allowed.
@@ -43,6 +45,7 @@ class Calibration:
     lapack_rows: int | None = None
     newton_rows: int | None = None
     chunk: int = 1 << 21
+    bucket: int | None = None
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -52,7 +55,7 @@ class Calibration:
 
 
 KINDS: dict[str, Calibration] = {
-    "cpu": Calibration(planes_rows=16, planes_count=1024, halves_rows=49, lapack_rows=640),
+    "cpu": Calibration(planes_rows=16, planes_count=1024, halves_rows=49, lapack_rows=640, bucket=1 << 20),
     "cuda": Calibration(newton_rows=256, chunk=1 << 24),
 }
 """By the name of a device, such as ``"NVIDIA H200"``, or by its type."""

@@ -248,7 +248,9 @@ def _update(one: Direction, groups: Sequence[Group], gate: Tensor | None) -> Non
         lr = lr / (1 + cohort.step * number(rule.lr_decay))
         if shrink is not None:
             lr = lr * shrink.to(device=device, dtype=directions[0].dtype)
-        if isinstance(lr, Tensor):
+        if isinstance(lr, Tensor) and device.type == "cpu":  # one pass over memory instead of two
+            torch._foreach_addcmul_(parameters, directions, [lr.to(directions[0].dtype)] * len(places), value=-1)
+        elif isinstance(lr, Tensor):
             torch._foreach_sub_(parameters, torch._foreach_mul(directions, lr))
         else:
             torch._foreach_add_(parameters, directions, alpha=-lr)

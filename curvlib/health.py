@@ -7,11 +7,13 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from .checks import check_choice
+from .members import picked
 from .storage import Bucket
 
 _SMALL = 1 << 13
@@ -37,6 +39,8 @@ def raises(mode: str, device: torch.device) -> bool:
     """Whether non-finite gradients on a device are an error in this mode, instead of a masked step."""
     return mode == "raise" or (mode == "auto" and device.type == "cpu")
 
+
+_GRADIENT, _ON_CPU, _LAYOUT = attrgetter("grad"), attrgetter("is_cpu"), attrgetter("layout")
 
 Named = tuple[str, Tensor, float | Tensor | None]
 """A name, a tensor, and by what this is divided before it is squared, where it is."""
@@ -88,42 +92,41 @@ class Proof:
     Large tensors are multiplied by themselves; small ones together, after they are copied side by side.
 
     Args:
-        parameters: that have the gradients; kept from step to step.
+        parameters: all that have gradients, as long as they do.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._large = [one for one in parameters if one.numel() > _SMALL]
-        small: dict[torch.dtype, list[Tensor]] = {}
-        for one in parameters:
-            if one.numel() <= _SMALL:
-                small.setdefault(one.dtype, []).append(one)
-        self._small = [(mine, *_side_by_side(mine)) for mine in small.values()]
+        self._parameters = list(parameters)
+        self._large: list[int] = []
+        small: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+        for place, one in enumerate(self._parameters):
+            if one.numel() > _SMALL or one.ndim == 0:
+                self._large.append(place)
+            else:
+                small.setdefault((one.dtype, one.shape[1:]), []).append(place)
+        self._small = [
+            (places, torch.empty(sum(len(self._parameters[place]) for place in places), *rest, dtype=dtype))
+            for (dtype, rest), places in small.items()
+        ]
 
     @property
     def nbytes(self) -> int:
         """Of the copies."""
-        return sum(flat.numel() * flat.element_size() for _, flat, _ in self._small)
+        return sum(copies.numel() * copies.element_size() for _, copies in self._small)
 
     def holds(self) -> bool:
         """Whether all is well for sure."""
-        large = [one.grad for one in self._large if one.grad is not None]
-        small = [[one.grad for one in mine if one.grad is not None] for mine, _, _ in self._small]
-        everything = [one for some in (large, *small) for one in some]
-        if not all([one.is_cpu and one.layout is torch.strided for one in everything]):
+        gradients = list(map(_GRADIENT, self._parameters))
+        if not all(map(_ON_CPU, gradients)) or not set(map(_LAYOUT, gradients)) <= {torch.strided}:
             return False
-        if not all([one.is_contiguous() for one in large]):
+        large = [gradients[place] for place in self._large]
+        if not all(map(Tensor.is_contiguous, large)):
             return False
-        sums = [torch.dot(flat, flat) for flat in (one.view(-1) for one in large)]
-        for (_, flat, windows), gradients in zip(self._small, small, strict=True):
-            torch._foreach_copy_(windows, gradients)
-            sums.append(torch.dot(flat, flat))
-        return all(math.isfinite(float(one)) for one in sums)
-
-
-def _side_by_side(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    sizes = [one.numel() for one in like]
-    flat = torch.empty(sum(sizes), dtype=like[0].dtype)
-    return flat, [window.view(one.shape) for window, one in zip(flat.split(sizes), like, strict=True)]
+        flat = [one.view(-1) for one in large]
+        for places, copies in self._small:
+            torch.cat(picked(gradients, places), out=copies)
+            flat.append(copies.view(-1))
+        return all(math.isfinite(float(torch.dot(one, one))) for one in flat)
 
 
 def _finite(gradients: list[Tensor], order: float) -> Tensor:

@@ -35,7 +35,7 @@ def kernel_for(cohort: Cohort, groups: Sequence[Group]) -> Kernel | None:
 def _dense(cohort: Cohort) -> bool:
     """Whether parameters lie in memory as their state does, without gaps: kernels look at nothing but addresses."""
     parameters = cohort.members.parameters
-    if all([one.is_contiguous() for one in parameters]):
+    if all(map(Tensor.is_contiguous, parameters)):
         return True
     pairs = zip(parameters, cohort.state["momentum"], strict=True)
     return all(parameter.stride() == state.stride() for parameter, state in pairs)
@@ -88,7 +88,7 @@ def adam(cohort: Cohort, groups: Sequence[Group], gate: Tensor | None) -> None:
 def _laid_alike(gradients: list[Tensor | None], parameters: list[Tensor]) -> list[Tensor]:
     """Gradients in the memory layout of their parameters, which the kernels take for granted."""
     there = [one for one in gradients if one is not None]
-    if all([one.is_contiguous() for one in there]) and all([one.is_contiguous() for one in parameters]):
+    if all(map(Tensor.is_contiguous, there)) and all(map(Tensor.is_contiguous, parameters)):
         return there
     return [
         gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import attrgetter, is_not
 from typing import TypeVar
 
 import torch
@@ -12,6 +14,7 @@ from .rules import Tensors
 from .storage import Bucket
 
 T = TypeVar("T")
+_GRADIENT = attrgetter("grad")
 
 
 class Members:
@@ -44,12 +47,13 @@ class Members:
 
     def gradients(self) -> list[Tensor | None]:
         """Of every parameter, as they lie."""
-        return [one.grad for one in self.parameters]
+        return list(map(_GRADIENT, self.parameters))
 
     def by_group(self, gradients: Sequence[Tensor | None]) -> dict[int, list[int]]:
         """For each group the places of those parameters that have a gradient."""
-        there = [place for place, gradient in enumerate(gradients) if gradient is not None]
-        return self._all if len(there) == len(self.groups) else _places(self.groups, there)
+        if all(map(is_not, gradients, repeat(None))):
+            return self._all
+        return _places(self.groups, (place for place, gradient in enumerate(gradients) if gradient is not None))
 
     def views(self) -> list[Tensor]:
         """Every parameter with the dimensions of its window, for as long as it lies where it lay."""

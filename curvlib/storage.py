@@ -7,13 +7,14 @@ import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from operator import is_
+from operator import attrgetter, eq, is_, methodcaller
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .blocks import Block, Spec, State, block_for
+from .calibration import calibration
 from .layout import Layout
 from .recipe import Recipe, Schedule
 from .units import Lineup, Unit
@@ -202,7 +203,9 @@ class Storage:
 
     buckets: list[Bucket] = field(default_factory=list)
     _records: list[Record] = field(default_factory=list)
-    _marks: list[tuple[Record, Tensor, Tensor]] = field(default_factory=list)
+    _marked: list[Record] = field(default_factory=list)
+    _steps: list[Tensor] = field(default_factory=list)
+    _parameters: list[Tensor] = field(default_factory=list)
     _devices: list[torch.device] = field(default_factory=list)
 
     def holds(self, units: Iterable[Unit], state: dict[Tensor, Record]) -> bool:
@@ -214,8 +217,8 @@ class Storage:
         """Whether the records of all that is bound still are the views that were handed out."""
         # No parameter is looked up, and lists are compared whole, since hundreds are asked at every step.
         same = len(state) == len(self._records) and all(map(is_, state.values(), self._records))
-        same = same and all([record.get("step") is step for record, step, _ in self._marks])
-        return same and [parameter.device for _, _, parameter in self._marks] == self._devices
+        same = same and all(map(is_, map(methodcaller("get", "step"), self._marked), self._steps))
+        return same and all(map(eq, map(attrgetter("device"), self._parameters), self._devices))
 
     def bind(
         self, units: Iterable[tuple[Unit, Recipe]], state: dict[Tensor, Record], alone: Container[Unit] = ()
@@ -236,9 +239,11 @@ class Storage:
             structure = Structure(structural(recipe), layout, unit.operand.joined, lead.dtype, lead.device, single)
             groups[structure].append((unit, recipe))
         self.buckets = [
-            Bucket([unit for unit, _ in members], members[0][1], structure) for structure, members in groups.items()
+            Bucket([unit for unit, _ in part], part[0][1], structure)
+            for structure, members in groups.items()
+            for part in _portions(members, structure)
         ]
-        self._marks = []
+        self._marked, self._steps, self._parameters = [], [], []
         for bucket in self.buckets:
             for parameter, record in bucket.records():
                 old = state[parameter]
@@ -246,9 +251,20 @@ class Storage:
                     if name in old:
                         view.copy_(torch.as_tensor(old[name]).reshape(view.shape))
                 state[parameter] = record
-                self._marks.append((record, record["step"], parameter))
+                self._marked.append(record)
+                self._steps.append(record["step"])
+                self._parameters.append(parameter)
         self._records = list(state.values())
-        self._devices = [parameter.device for _, _, parameter in self._marks]
+        self._devices = [parameter.device for parameter in self._parameters]
+
+
+def _portions(members: list[T], structure: Structure) -> Iterator[list[T]]:
+    """As many units at a time as :attr:`~curvlib.calibration.Calibration.bucket` allows."""
+    most = calibration(structure.device).bucket
+    size = len(members)
+    if most is not None and structure.layout is not None:
+        size = max(1, most // max(1, math.prod(structure.layout.shape)))
+    yield from (members[first : first + size] for first in range(0, len(members), size))
 
 
 def structural(recipe: Recipe) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_an_optimizer_uses_what_is_suited(monkeypatch):
 def test_a_file_of_a_user(tmp_path, monkeypatch):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"devices": {"cpu": {"newton_rows": 40, "planes_rows": None}}}))
-    assert read(file)["cpu"] == Calibration(None, 1024, KINDS["cpu"].halves_rows, KINDS["cpu"].lapack_rows, 40)
+    assert read(file)["cpu"] == replace(KINDS["cpu"], planes_rows=None, newton_rows=40)
     monkeypatch.setenv("CURVLIB_CALIBRATION", str(file))
     assert calibration.calibration(CPU).newton_rows == 40
     monkeypatch.delenv("CURVLIB_CALIBRATION")
@@ -75,3 +76,26 @@ def test_what_is_no_calibration_is_named(tmp_path, content):
 
 def test_unknown_devices_are_taken_for_accelerators():
     assert calibration.calibration(torch.device("meta")) == KINDS["cuda"]
+
+
+def test_operands_take_the_step_in_as_many_calls_as_a_bucket_allows():
+    def trained(most):
+        calibrate({"cpu": replace(KINDS["cpu"], bucket=most)})
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(5)]
+        recipe = Recipe("| ,...", Moment(beta=0.9), Root(0.25, Damping(0.1)))
+        optimizer = CurvatureOptimizer(weights, recipe, lr=0.1)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(4, 3)
+            optimizer.step()
+        return optimizer, weights
+
+    (one, whole), (several, cut) = trained(None), trained(24)
+    assert [len(bucket.units) for bucket in one._storage.buckets] == [5]
+    assert [len(bucket.units) for bucket in several._storage.buckets] == [2, 2, 1]
+    for left, right in zip(whole, cut, strict=True):
+        assert torch.allclose(left, right, rtol=1e-6, atol=0)
+    saved = several.state_dict()  # which knows nothing of buckets
+    one.load_state_dict(saved)
+    assert one.state_dict()["state"].keys() == saved["state"].keys()

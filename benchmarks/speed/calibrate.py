@@ -91,7 +91,7 @@ def measure(setting: Setting) -> tuple[Calibration, list[dict[str, Any]]]:
         return quicker(ways[0], ways[1], setting)
 
     roots = crossing(_upto(setting, (32, 64, 128, 256, 512, 1024)), newton, seen, "newton_rows")
-    return Calibration(rows, least, halves, lapack, roots, now.chunk), seen
+    return Calibration(rows, least, halves, lapack, roots, now.chunk, now.bucket), seen
 
 
 def _planes(
