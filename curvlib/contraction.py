@@ -58,16 +58,17 @@ def letters(region: Region) -> Letters:
     return Letters(parts[0], parts[1], tuple(parts[2:]), terms)
 
 
-def carried_terms(layout: Layout, axes: Sequence[str]) -> list[int] | None:
+@lru_cache(maxsize=4096)
+def carried_terms(layout: Layout, axes: tuple[str, ...]) -> tuple[int, ...] | None:
     """The terms of a layout whose axes a signal carries; ``None`` where it carries a term only in part."""
     held = set(axes)
     shares = [len(held.intersection(term)) for term in layout.terms]
     if any(0 < share < len(term) for share, term in zip(shares, layout.terms, strict=True)):
         return None
-    return [number for number, share in enumerate(shares) if share]
+    return tuple(number for number, share in enumerate(shares) if share)
 
 
-def cut(layout: Layout, region: Region, value: Tensor, axes: Sequence[str]) -> tuple[Tensor, str]:
+def cut(layout: Layout, region: Region, value: Tensor, axes: tuple[str, ...]) -> tuple[Tensor, str]:
     """Cut a signal ``[n, t, *axes]`` like a region; returns it with the letters of its dimensions after n and t."""
     terms = carried_terms(layout, axes)
     assert terms is not None
@@ -421,8 +422,7 @@ def _mean(value: Tensor, weight: Tensor | None) -> Tensor:
 def _add_counts(total: Tensor, place: Place, layout: Layout, signal: Signal) -> None:
     """The second moment of one-hot inputs, a diagonal, is how often each was chosen."""
     assert isinstance(signal.input, Index)
-    where = signal.input.where.flatten()
-    counts = total.new_zeros(signal.input.size + 1)  # what chooses nothing is counted in a place of its own
-    counts.index_add_(0, where.remainder(signal.input.size + 1), counts.new_ones(()).expand(where.shape[0]))
-    block, _ = cut(layout, layout.regions[place.region], counts[None, None, :-1], signal.input_axes)
+    where = (signal.input.where.flatten() + 1).clamp_min_(0)  # what chooses nothing is counted in the first place
+    counts = total.new_zeros(signal.input.size + 1).index_add_(0, where, total.new_ones(1).expand(len(where)))
+    block, _ = cut(layout, layout.regions[place.region], counts[None, None, 1:], signal.input_axes)
     total.add_(block.reshape(total.shape))

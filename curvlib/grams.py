@@ -26,19 +26,21 @@ def add_grams(total: Tensor, rows: Tensor, gain: float, keep: float = 1.0) -> No
         for first, last in _panels(total):
             across = rows[..., first:last].mT
             total[:, first:last, first:].baddbmm_(across, rows[..., first:], beta=keep, alpha=gain)
-            total[:, last:, first:last].copy_(total[:, first:last, last:].mT)
+            if last < total.shape[-1]:
+                total[:, last:, first:last].copy_(total[:, first:last, last:].mT)
 
 
 def add_gram(total: Tensor, rows: Tensor, gain: float, keep: float = 1.0) -> None:
     """The same of one matrix, ``[f, f]`` and ``[rows, f]``."""
     for first, last in _panels(total):
         total[first:last, first:].addmm_(rows[:, first:last].mT, rows[:, first:], beta=keep, alpha=gain)
-        total[last:, first:last].copy_(total[first:last, last:].mT)
+        if last < total.shape[-1]:
+            total[last:, first:last].copy_(total[first:last, last:].mT)
 
 
 def _panels(total: Tensor) -> Iterator[tuple[int, int]]:
     """Runs of rows: on a CPU, what lies below the diagonal of large matrices is copied, not computed."""
-    size = total.shape[-1]
-    step = _PANEL if size >= 2 * _PANEL and total.device.type == "cpu" else max(1, size)
+    size, least = total.shape[-1], 2 * _PANEL if total.ndim == 2 else 4 * _PANEL
+    step = _PANEL if size >= least and total.device.type == "cpu" else max(1, size)
     for first in range(0, size, step):
         yield first, min(size, first + step)

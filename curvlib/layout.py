@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
 
@@ -53,8 +53,22 @@ class _Run:
     size: int
 
 
+class _Hashed:
+    """Something deep, whose hash is asked for at every step and therefore kept."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_hash"}  # another process has other hashes
+
+
 @dataclass(frozen=True)
-class Region:
+class Region(_Hashed):
     """A regular batch of blocks: ``own`` numbers them, ``tied`` is averaged away, ``factors`` are inside."""
 
     own: tuple[Axis, ...]
@@ -64,22 +78,24 @@ class Region:
     _order: tuple[int, ...]
     _split: tuple[bool, ...]
 
-    @property
+    __hash__ = _Hashed.__hash__
+
+    @cached_property
     def blocks(self) -> int:
         """Number of blocks that have a curvature of their own."""
         return math.prod(axis.size for axis in self.own)
 
-    @property
+    @cached_property
     def ties(self) -> int:
         """Number of blocks that share one curvature."""
         return math.prod(axis.size for axis in self.tied)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Stored entries of all factors."""
         return self.blocks * sum(math.prod(factor.shape) for factor in self.factors)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The k of the composition: the number of factors of size above one, at least one."""
         return max(1, sum(factor.size > 1 for factor in self.factors))
@@ -93,7 +109,7 @@ class Region:
         unflattened = merged.view(sizes) if merged.is_contiguous() else _unflatten(merged, self._runs, self._split)
         return unflattened.permute(0, *(1 + dim for dim in self._order))
 
-    @property
+    @cached_property
     def runs(self) -> tuple[tuple[int, int, int, bool], ...]:
         """For each term (start, pieces, entries of a piece, whether it is cut into a dimension of pieces)."""
         return tuple(
@@ -111,7 +127,7 @@ class Region:
         """Where each dimension, in the order own, tied, factors, lies among the cut terms."""
         return self._order
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """``[blocks, ties, *factor sizes]``: the form in which curvature meets a region."""
         return (self.blocks, self.ties, *(factor.size for factor in self.factors))
@@ -125,7 +141,7 @@ def _unflatten(merged: Tensor, runs: Sequence[_Run], split: Sequence[bool]) -> T
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(_Hashed):
     """A partition made exact for given axis sizes.
 
     Attributes:
@@ -139,12 +155,14 @@ class Layout:
     _terms: tuple[tuple[int, ...], ...]
     sources: tuple[tuple[str, ...], ...] = ()
 
-    @property
+    __hash__ = _Hashed.__hash__
+
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the operand."""
         return tuple(axis.size for axis in self.sizes)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Stored entries of one second moment under this partition."""
         return sum(region.numel for region in self.regions)
@@ -154,7 +172,7 @@ class Layout:
         """Bytes of one second moment in float32."""
         return 4 * self.numel
 
-    @property
+    @cached_property
     def elementwise(self) -> bool:
         """Whether every entry is a block of its own, all in one region."""
         simple = all(len(region.factors) == 1 and region.blocks == region.ties == 1 for region in self.regions)
