@@ -64,7 +64,9 @@ class _Hashed:
         return self._hash
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "_hash"}  # another process has other hashes
+        return {
+            name: value for name, value in vars(self).items() if name != "_hash"
+        }  # another process has other hashes
 
 
 @dataclass(frozen=True)

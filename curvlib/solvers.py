@@ -1,6 +1,7 @@
 """Solvers: ways to compute (F + λI)^-p for a batch of factors, with a residual for every matrix.
 
-* ``"cholesky"`` for p = 1: (F + λI)^-1. Its residual is ‖(F + λI) X v - v‖ / ‖v‖ for a fixed probe v.
+* ``"cholesky"`` for p = 1: (F + λI)^-1, or the factor L to solve with. Its residual is ‖(F + λI) X v - v‖ / ‖v‖ for a fixed
+  probe v.
 * ``"eigh"`` for any p: Q (Λ + λ)^-p Qᵀ, or Q (Λ^p + ε)^-1 Qᵀ for a damping outside the root; eigenvalues that rounding
   made negative count as zero. Its residual is ‖F v - Q Λ Qᵀ v‖ / (‖F‖ ‖v‖). Also Q and Λ themselves, for structures that
   damp the eigenvalues of a product.
@@ -47,6 +48,7 @@ class How:
         tolerance: largest residual of a root that is used.
         basis: eigenvectors and eigenvalues are wanted instead of a root.
         estimates: of a basis: estimates of the eigenvalues are enough.
+        triangular: L with F + λI = LLᵀ is wanted instead of a root, to be solved with once.
         auto: the solver may be another one, where that is faster, see :mod:`curvlib.calibration`.
     """
 
@@ -59,12 +61,13 @@ class How:
     tolerance: float = 0.1
     basis: bool = False
     estimates: bool = False
+    triangular: bool = False
     auto: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether (F + λI)^-p is wanted, with λ known beforehand."""
-        return not (self.outside or self.largest or self.basis)
+        return not (self.outside or self.largest or self.basis or self.triangular)
 
 
 Solve = Callable[..., Solution]
@@ -127,6 +130,7 @@ def chosen(how: How) -> How:
         return replace(how, solver=able[0], auto=how.power > 0)
     if how.solver not in able:
         wanted = "a basis" if how.basis else f"the power {-how.power:g} of a factor"
+        wanted = "Cholesky's factor" if how.triangular else wanted
         damping = " with the damping outside of it" if how.outside else ""
         damping = " with a damping relative to its largest eigenvalue" if how.largest else damping
         raise ValueError(
@@ -171,14 +175,19 @@ def identity(matrix: Tensor) -> Tensor:
 
 def _cholesky(matrix: Tensor, damping: Tensor, how: How) -> Solution:
     shifted = damped(matrix, damping, how)
-    root, failed = inverse(shifted)
-    return root, torch.where(failed, torch.inf, _residual(shifted, root))
+    if how.triangular:
+        root, info = torch.linalg.cholesky_ex(shifted)
+        failed, solved = info != 0, torch.cholesky_solve(_probe(root)[:, None], root)[..., 0]
+    else:
+        root, failed = inverse(shifted)
+        solved = image(root)
+    return root, torch.where(failed, torch.inf, _residual(shifted, solved))
 
 
-def _residual(shifted: Tensor, root: Tensor) -> Tensor:
-    """‖(F + λI) X v - v‖ / ‖v‖, ``[N]``."""
-    probe = _probe(root)
-    return (_times(shifted, image(root)) - probe).norm(dim=1) / probe.norm()
+def _residual(shifted: Tensor, solved: Tensor) -> Tensor:
+    """‖(F + λI) x - v‖ / ‖v‖ of the probe v, ``[N]``."""
+    probe = _probe(shifted)
+    return (_times(shifted, solved) - probe).norm(dim=1) / probe.norm()
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -276,6 +285,6 @@ def _power(value: Tensor, power: float) -> Tensor:
     return named[power](value) if power in named else value**power
 
 
-register_solver("cholesky", _cholesky, takes=lambda how: how.plain and how.power == 1)
-register_solver("eigh", _eigh, takes=lambda how: True, waits=True)
+register_solver("cholesky", _cholesky, takes=lambda how: (how.plain or how.triangular) and how.power == 1)
+register_solver("eigh", _eigh, takes=lambda how: not how.triangular, waits=True)
 register_solver("qr", _qr, takes=lambda how: how.basis, waits=True, warm=True)

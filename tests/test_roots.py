@@ -68,6 +68,19 @@ def test_cholesky_inverses_obey_the_error_law(size, log_condition, dtype, seed):
     assert (residual <= C * size * 10**log_condition * torch.finfo(dtype).eps).all()
 
 
+def test_a_factor_to_solve_with_instead_of_an_inverse():
+    matrix, how = spd(3, 6, 1e3), How(1.0, "auto", torch.float64, triangular=True)
+    assert chosen(how).solver == "cholesky"
+    lower, residual = solve(matrix, torch.full((3,), 0.1, dtype=torch.float64), chosen(how))
+    torch.testing.assert_close(lower @ lower.mT, matrix + 0.1 * torch.eye(6, dtype=torch.float64))
+    assert (residual <= C * 6 * 1e3 * torch.finfo(torch.float64).eps).all()
+    indefinite = torch.stack([matrix[0], -matrix[1]])
+    _, residual = solve(indefinite, torch.zeros(2, dtype=torch.float64), chosen(how))
+    assert residual.isinf().tolist() == [False, True]
+    with pytest.raises(ValueError, match="solver='eigh' does not compute Cholesky's factor; .* one of 'cholesky'"):
+        chosen(How(1.0, "eigh", torch.float64, triangular=True))
+
+
 @given(st.integers(1, 12), st.integers(0, 12), st.sampled_from([0.25, 0.5, 1.0]), st.integers(0, 1000))
 @settings(max_examples=100, deadline=None)
 def test_damped_roots_are_symmetric_positive_definite(size, rank, power, seed):

@@ -56,6 +56,11 @@ def test_a_window_that_forgets_nothing_is_the_standard_block(
     assert 0 <= optimizer.health().residual["weight"] < 1e-12
 
 
+def test_whatever_solves_for_the_small_matrix():
+    steps = [train(Recipe("o | i", Moment(window=3), Root(1, 0.1, solver=solver)), 5)[0] for solver in ("auto", "eigh")]
+    torch.testing.assert_close(*steps, rtol=0, atol=5 * 1e3 * torch.finfo(F64).eps)
+
+
 @pytest.mark.parametrize("window", [1, 3, 7])
 def test_what_is_older_is_forgotten(window):
     beta, steps = 0.8, 10
