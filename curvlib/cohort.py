@@ -18,13 +18,14 @@ from .blocks import Means
 from .interrupts import unbroken
 from .members import Members, members_of, picked
 from .moments import Weight
-from .precision import flush_subnormals_
+from .precision import copy_flushed_, flush_subnormals_
 from .recipe import Momentum, Recipe
 from .roots import RootJob
 from .rules import Tensors, gated
 from .storage import Bucket
 from .units import Lineup, Unit
 
+_LARGE = 1 << 14  # entries
 Group = Mapping[str, Any]
 Given = Mapping[str, Mapping[Tensor, Tensor]]
 
@@ -237,6 +238,7 @@ class Cohort:
         members = self.members
         batch = self.bucket.workspace if members.whole else self._batch()
         windows, raw, views = members.windows([batch]), members.gradients(), members.views()
+        apart = batch.is_cpu and batch.numel() >= _LARGE * len(windows)  # then one by one, in one pass over memory
         for window, gradient in zip(windows, raw, strict=True):
             if gradient is None:
                 window.zero_()
@@ -248,8 +250,12 @@ class Cohort:
                 for one, target in zip(gradients, targets, strict=True)
             ]
             prepared = self._prepared(gradients, picked(views, places), groups[group], gate)
-            torch._foreach_copy_(targets, prepared)
-        return [flush_subnormals_(batch)]
+            if not apart:
+                torch._foreach_copy_(targets, prepared)
+                continue
+            for target, gradient in zip(targets, prepared, strict=True):
+                copy_flushed_(target, gradient)
+        return [batch if apart else flush_subnormals_(batch)]
 
     def _prepared(self, gradients: Tensors, parameters: list[Tensor], group: Group, gate: Tensor | None) -> Tensors:
         """The gradient of the mean loss to be minimised, with L2 decay where the rule says so; never in place."""

@@ -11,11 +11,16 @@ from torch import Tensor
 _SWITCHES = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 """Where torch keeps the precision of float32 products, whichever of its functions set it."""
 
+_KINDS = ("cpu", "cuda")
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Outside autocast, with float32 products in float32; afterwards the switches are what they were."""
     reduced = [(one, one.fp32_precision) for one in _SWITCHES if one.fp32_precision not in ("ieee", "none")]
+    if not reduced and not any(map(torch.is_autocast_enabled, _KINDS)):
+        yield
+        return
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for switch, _ in reduced:
             switch.fp32_precision = "ieee"

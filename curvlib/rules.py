@@ -47,10 +47,14 @@ def apply_momentum(
     mixed: Tensors | None = None
     if rule.mix is not None:
         mixed = torch._foreach_add(torch._foreach_mul(buffer, number(rule.mix)), value, alpha=1 - number(rule.mix))
-    torch._foreach_mul_(buffer, gated(beta, 1.0, gate))
-    torch._foreach_add_(buffer, value, alpha=gain)
-    for one in buffer if packed else ():
-        flush_subnormals_(one)
+    if packed and gate is None:
+        for average, new in zip(buffer, value, strict=True):
+            flush_subnormals_(_averaged(average, new, beta, gain))
+    else:
+        torch._foreach_mul_(buffer, gated(beta, 1.0, gate))
+        torch._foreach_add_(buffer, value, alpha=gain)
+        for one in buffer if packed else ():
+            flush_subnormals_(one)
     if mixed is not None:
         return mixed
     result: Tensors = buffer
@@ -60,6 +64,15 @@ def apply_momentum(
     if rule.kind == "ema" and rule.debias:
         result = torch._foreach_div(result, 1 - beta ** (step + 1))
     return result
+
+
+def _averaged(average: Tensor, new: Tensor, beta: float, gain: float) -> Tensor:
+    """β m + gain g, in place; in one pass over memory where there is an operation for it."""
+    if gain == 1:
+        return torch.add(new, average, alpha=beta, out=average)
+    if gain == 1 - beta:
+        return average.lerp_(new, gain)
+    return average.mul_(beta).add_(new, alpha=gain)
 
 
 def graft(

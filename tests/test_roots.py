@@ -77,7 +77,7 @@ def test_a_factor_to_solve_with_instead_of_an_inverse():
     indefinite = torch.stack([matrix[0], -matrix[1]])
     _, residual = solve(indefinite, torch.zeros(2, dtype=torch.float64), chosen(how))
     assert residual.isinf().tolist() == [False, True]
-    with pytest.raises(ValueError, match="solver='eigh' does not compute Cholesky's factor; .* one of 'cholesky'"):
+    with pytest.raises(ValueError, match="does not compute Cholesky's factor"):
         chosen(How(1.0, "eigh", torch.float64, triangular=True))
 
 
