@@ -44,7 +44,7 @@ class Calibration:
     halves_rows: int | None = None
     lapack_rows: int | None = None
     newton_rows: int | None = None
-    chunk: int = 1 << 21
+    chunk: int = 1 << 20
     bucket: int | None = None
 
     def __post_init__(self) -> None:

@@ -110,7 +110,8 @@ def _refresh_chunk(jobs: list[RootJob], how: How) -> None:
     previous = _join([job.root for job in jobs]).to(how.dtype) if solvers.SOLVERS[how.solver].warm else None
     try:
         if any(isinstance(job.scale, Tensor) or job.scale != 1.0 for job in jobs):
-            factor = factor * _join([rows(job.scale, job) for job in jobs])[:, None, None]
+            scales = _join([rows(job.scale, job) for job in jobs])[:, None, None]
+            factor = factor * scales if len(jobs) == 1 else factor.mul_(scales)  # what was joined is our own
         root, residual = solve(factor, damping, how, previous)
     except RuntimeError as error:  # without memory old roots stay, and are counted
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import planes
 from .calibration import calibration
+from .grams import add_grams
 from .inverses import inverse
 
 SILENT = 1e-30
@@ -212,7 +213,8 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         powered = diagonal_root(positive, damping[:, None], how.power, how.outside)
         if how.floor is not None:
             powered = torch.where(damping[:, None] > SILENT, powered, 1.0)
-        root = (vectors * powered[:, None, :]) @ vectors.mT
+        root = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+        add_grams(root, (vectors * powered.sqrt()[:, None, :]).mT, 1.0, keep=0.0)  # half of the products, where it is large
     probe = _probe(matrix)[:, None]
     error = (matrix @ probe - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
     norm = values.abs().amax(-1) * probe.norm()
