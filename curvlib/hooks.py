@@ -28,10 +28,18 @@ class _Saved(torch.autograd.Function):
         return anchor.new_empty(0)
 
 
-def save(value: Tensor) -> Any:
-    """A node that holds a tensor; ``saved_tensors[0]`` of it is the tensor."""
+def save(value: Tensor) -> Tensor:
+    """What holds a tensor: the result of a node, which some versions of torch empty when nothing refers to its result."""
     anchor = torch.zeros((), requires_grad=True)
-    return _Saved.apply(anchor, value).grad_fn
+    result: Tensor = _Saved.apply(anchor, value)
+    return result
+
+
+def saved(result: Tensor) -> Tensor:
+    """The tensor that is held."""
+    node: Any = result.grad_fn
+    held: Tensor = node.saved_tensors[0]
+    return held
 
 
 def graph_task() -> int:

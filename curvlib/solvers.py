@@ -214,7 +214,9 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         if how.floor is not None:
             powered = torch.where(damping[:, None] > SILENT, powered, 1.0)
         root = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-        add_grams(root, (vectors * powered.sqrt()[:, None, :]).mT, 1.0, keep=0.0)  # half of the products, where it is large
+        add_grams(
+            root, (vectors * powered.sqrt()[:, None, :]).mT, 1.0, keep=0.0
+        )  # half of the products, where it is large
     probe = _probe(matrix)[:, None]
     error = (matrix @ probe - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
     norm = values.abs().amax(-1) * probe.norm()

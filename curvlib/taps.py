@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .blocks import State, Sums, block_for
 from .ears import Ear, TapError
-from .hooks import FORWARD, Hook, graph_task, save
+from .hooks import FORWARD, Hook, graph_task, save, saved
 from .layers import Reading
 from .phases import phase
 from .precision import full_precision
@@ -155,18 +155,18 @@ class Taps:
                 self._edges.append(get_gradient_edge(output))
         # What is computed again in a backward pass belongs to the forward pass that was observed before it.
         forward = self._forward if born == FORWARD else self._forward - 1
-        saved, taps = save(value), weakref.ref(self)
+        holder, taps = save(value), weakref.ref(self)
 
         def hear(delta: Tensor) -> None:
             mine = taps()
             if mine is not None and not mine._paused:
                 with phase("statistics"):
-                    mine._hear(module, saved, born, delta, mine._declared.get(forward))
+                    mine._hear(module, holder, born, delta, mine._declared.get(forward))
 
         output.register_hook(hear)
 
     @torch.no_grad()
-    def _hear(self, module: nn.Module, saved: Any, born: int, delta: Tensor, told: Declared | None) -> None:
+    def _hear(self, module: nn.Module, holder: Tensor, born: int, delta: Tensor, told: Declared | None) -> None:
         seeded = self._seed is not None
         number = graph_task() if born == FORWARD else born
         self._begin(number)
@@ -174,7 +174,7 @@ class Taps:
             if not self._hears(ear) or ear.recipe.moment.labels != self._labels:
                 continue
             with full_precision():
-                signal = self._signal(ear, reading, saved.saved_tensors[0], delta, number, told)
+                signal = self._signal(ear, reading, saved(holder), delta, number, told)
                 if signal is None:
                     continue
                 ear.waiting.setdefault(number, []).append(signal)
