@@ -224,13 +224,16 @@ class Block:
     def solves(self) -> list[tuple[int, int]]:
         """(rows, n) of the matrices of one operand that :meth:`roots` hands to the engine, in its order.
 
-        By default every ``residual_…`` of the state belongs to matrices whose ``root_…``, ``basis_…``, ``core_…`` or
-        ``inverse_…`` has its name. Staggered refreshes are planned by it, also for operands that other ranks have.
+        By default every ``residual_…`` of the state belongs to matrices whose ``root_…``, ``basis_…``, ``core_…``,
+        ``lower_…`` or ``inverse_…`` has its name. Staggered refreshes are planned by it, also for operands that other ranks have.
         """
         specs, found = self.spec(), []
         for name, spec in specs.items():
             if name.startswith("residual_"):
-                own = (specs.get(kind + name.removeprefix("residual")) for kind in ("root", "basis", "core", "inverse"))
+                own = (
+                    specs.get(kind + name.removeprefix("residual"))
+                    for kind in ("root", "basis", "core", "lower", "inverse")
+                )
                 found += [(spec.shape[0], one.shape[-1]) for one in own if one is not None][:1]
         return found
 

@@ -20,6 +20,9 @@ from ..solvers import SILENT, How, chosen
 from .base import Block, Spec, State
 from .standard import put_in_place
 
+_ENDLESS = 1e15
+"""The square of it is in the range of float32, and beyond all curvature."""
+
 
 class WindowBlock(Block):
     """Every mini-block is F = Σ_k w_k g_k g_kᵀ over the last W gradients g_k, which are kept instead of F.
@@ -35,8 +38,8 @@ class WindowBlock(Block):
     This is the average of :class:`StandardBlock` but for what left the window: a share of β^W of an EMA. A block of f entries
     takes W (f + 2W) numbers instead of 2 f². Digits are lost where λ is far below the curvature's size times the precision.
 
-    State of a region: ``window_…``, ``gram_…``, ``core_…`` (Cholesky's factor of M + λI, or whatever another solver makes of
-    it: the inverse, or M's eigenvectors), ``damping_…``; and of all: ``weight``, and ``place``, where the next gradient goes.
+    State of a region: ``window_…``, ``gram_…``, ``lower_…`` (Cholesky's factor of M + λI; with another solver ``core_…``, its
+    inverse, or M's eigenvectors), ``damping_…``; and of all: ``weight``, and ``place``, where the next gradient goes.
     M is solved with every statistic, whatever the schedule of refreshes.
     """
 
@@ -49,6 +52,7 @@ class WindowBlock(Block):
         assert moment.window is not None
         self._length, self._inverse = moment.window, recipe.root.exponent == 1
         self._triangular = self._inverse and recipe.root.solver in ("auto", "cholesky")
+        self._core = "lower" if self._triangular else "core"
         if moment.of not in ("gradient", "momentum"):
             raise ValueError(f"window keeps gradients, of='gradient' or of='momentum', got of={moment.of!r}")
         if any(len(r.factors) != 1 or r.factors[0].diagonal or r.ties > 1 for r in layout.regions):
@@ -69,7 +73,9 @@ class WindowBlock(Block):
             blocks = region.blocks
             specs[f"window_{index}"] = Spec((blocks, w, region.factors[0].size))
             specs[f"gram_{index}"] = Spec((blocks, w, w))
-            specs[f"core_{index}"] = Spec((blocks, w, w), "cores")
+            # Until M is solved nothing is corrected: the inverse is zero.
+            start = {"identity": True, "fill": _ENDLESS} if self._triangular else {}
+            specs[f"{self._core}_{index}"] = Spec((blocks, w, w), "cores", **start)  # type: ignore[arg-type]
             if not self._inverse:
                 specs[f"values_{index}"] = Spec((blocks, w), "cores")
             specs[f"damping_{index}"] = Spec((blocks,), "cores", fill=1.0)
@@ -100,7 +106,7 @@ class WindowBlock(Block):
         for index in range(len(self.layout.regions)):
             m, damping = self._matrix(state, recipe, scale, index)
             state[f"damping_{index}"].flatten().copy_(damping)
-            core = state[f"core_{index}"].flatten(0, 1)
+            core = state[f"{self._core}_{index}"].flatten(0, 1)
             values = None if power == 1 else state[f"values_{index}"].flatten(0, 1)
             residual, kept = (state[f"{what}_{index}"].flatten() for what in ("residual", "kept"))
             yield RootJob(m, 1.0, damping, how, core, residual, kept, values)
@@ -154,7 +160,7 @@ class WindowBlock(Block):
         """(region, a, c, C) so that the power is aI + c AᵀCA; C multiplies vectors ``[n * blocks, W, 1]``."""
         stored = exponent == recipe.root.exponent
         for index in range(len(self.layout.regions)):
-            λ, core = state[f"damping_{index}"].flatten(), state[f"core_{index}"].flatten(0, 1)
+            λ, core = state[f"damping_{index}"].flatten(), state[f"{self._core}_{index}"].flatten(0, 1)
             if stored and self._inverse:
                 plain, share = 1 / λ, -1 / λ
             elif exponent == -1:

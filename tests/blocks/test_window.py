@@ -61,6 +61,21 @@ def test_whatever_solves_for_the_small_matrix():
     torch.testing.assert_close(*steps, rtol=0, atol=5 * 1e3 * torch.finfo(F64).eps)
 
 
+def test_a_first_solve_that_fails_corrects_nothing():
+    root = Root(1, 0.1, tolerance=1e-30)
+    found, optimizer, _ = train(Recipe("o | i", Moment(window=3), root), 1)
+    torch.testing.assert_close(found, -0.1 * gradient(0) / 0.1, rtol=1e-12, atol=0)
+    assert optimizer.health().kept == {"weight": 4}
+
+
+def test_a_checkpoint_of_another_solver_is_refused():
+    made = {
+        solver: train(Recipe("o | i", Moment(window=3), Root(1, 0.1, solver=solver)), 2) for solver in ("auto", "eigh")
+    }
+    with pytest.raises(ValueError, match="core_0"):
+        made["eigh"][1].load_state_dict(made["auto"][1].state_dict())
+
+
 @pytest.mark.parametrize("window", [1, 3, 7])
 def test_what_is_older_is_forgotten(window):
     beta, steps = 0.8, 10
