@@ -225,7 +225,8 @@ class Block:
         """(rows, n) of the matrices of one operand that :meth:`roots` hands to the engine, in its order.
 
         By default every ``residual_…`` of the state belongs to matrices whose ``root_…``, ``basis_…``, ``core_…``,
-        ``lower_…`` or ``inverse_…`` has its name. Staggered refreshes are planned by it, also for operands that other ranks have.
+        ``lower_…`` or ``inverse_…`` has its name. Staggered refreshes are planned by it, also for operands that other ranks
+        have.
         """
         specs, found = self.spec(), []
         for name, spec in specs.items():
