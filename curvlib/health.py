@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice
-from .members import picked
+from .members import gradients_of, picked
 from .storage import Bucket
 
 _SMALL = 1 << 13
@@ -40,7 +40,7 @@ def raises(mode: str, device: torch.device) -> bool:
     return mode == "raise" or (mode == "auto" and device.type == "cpu")
 
 
-_GRADIENT, _ON_CPU, _LAYOUT = attrgetter("grad"), attrgetter("is_cpu"), attrgetter("layout")
+_ON_CPU, _LAYOUT = attrgetter("is_cpu"), attrgetter("layout")
 
 Named = tuple[str, Tensor, float | Tensor | None]
 """A name, a tensor, and by what this is divided before it is squared, where it is."""
@@ -116,8 +116,10 @@ class Proof:
 
     def holds(self) -> bool:
         """Whether all is well for sure."""
-        gradients = list(map(_GRADIENT, self._parameters))
-        if not all(map(_ON_CPU, gradients)) or not set(map(_LAYOUT, gradients)) <= {torch.strided}:
+        gradients = [one for one in gradients_of(self._parameters) if one is not None]
+        if len(gradients) < len(self._parameters) or not all(map(_ON_CPU, gradients)):
+            return False
+        if not set(map(_LAYOUT, gradients)) <= {torch.strided}:
             return False
         large = [gradients[place] for place in self._large]
         if not all(map(Tensor.is_contiguous, large)):

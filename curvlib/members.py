@@ -47,7 +47,7 @@ class Members:
 
     def gradients(self) -> list[Tensor | None]:
         """Of every parameter, as they lie."""
-        return list(map(_GRADIENT, self.parameters))
+        return gradients_of(self.parameters)
 
     def by_group(self, gradients: Sequence[Tensor | None]) -> dict[int, list[int]]:
         """For each group the places of those parameters that have a gradient."""
@@ -85,6 +85,11 @@ def _places(groups: Sequence[int], there: Iterable[int]) -> dict[int, list[int]]
     for place in there:
         places.setdefault(groups[place], []).append(place)
     return places
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    """The gradients of parameters, as they lie."""
+    return list(map(_GRADIENT, parameters))
 
 
 def picked(column: Sequence[T], places: Sequence[int]) -> list[T]:

@@ -213,10 +213,9 @@ def _eigh(matrix: Tensor, damping: Tensor, how: How) -> Solution:
         powered = diagonal_root(positive, damping[:, None], how.power, how.outside)
         if how.floor is not None:
             powered = torch.where(damping[:, None] > SILENT, powered, 1.0)
-        root = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-        add_grams(
-            root, (vectors * powered.sqrt()[:, None, :]).mT, 1.0, keep=0.0
-        )  # half of the products, where it is large
+        half = vectors * powered.sqrt()[:, None, :]
+        root = torch.empty_like(half, memory_format=torch.contiguous_format)
+        add_grams(root, half.mT, 1.0, keep=0.0)  # which does half of the products, where a matrix is large
     probe = _probe(matrix)[:, None]
     error = (matrix @ probe - vectors @ (values[:, :, None] * (vectors.mT @ probe))).norm(dim=(-2, -1))
     norm = values.abs().amax(-1) * probe.norm()

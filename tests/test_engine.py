@@ -293,3 +293,27 @@ def test_settings_that_change_a_structure_in_mid_training_are_refused():
     optimizer.param_groups[0]["block_size"] = 2
     with pytest.raises(ValueError, match=r"the state held belongs to another recipe.*parameter 0 of group 0"):
         steps(optimizer, [weight], 1)
+
+
+def test_large_gradients_are_packed_one_by_one(monkeypatch):
+    """With subnormal numbers set to zero on the way, as for many small ones together."""
+
+    def trained(least):
+        monkeypatch.setattr("curvlib.cohort._LARGE", least)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+        optimizer = curvlib.Shampoo(model.parameters(), lr=0.1)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+                parameter.grad.flatten()[0] = 1e-40
+            optimizer.step()
+        (packed,) = {
+            float(one.workspace.flatten()[0]) for one in optimizer._storage.buckets if one.workspace is not None
+        }
+        assert packed == 0
+        return [one.detach() for one in model.parameters()]
+
+    for one, other in zip(trained(1), trained(1 << 14), strict=True):
+        assert torch.equal(one, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -161,3 +162,14 @@ def test_every_layer_kind_takes_partitions_of_its_axes(layer, data):
         layout = Partition(data.draw(partition_texts(slot.sizes))).layout(slot.sizes)
         operand = parameter.detach().view(1, *slot.sizes.values())
         assert torch.equal(layout.unblock(layout.block(operand), operand), operand)
+
+
+def test_a_layout_takes_no_hash_along_to_another_process():
+    layout = Partition("o | i").layout({"o": 3, "i": 4})
+    assert hash(layout) == hash(Partition("o | i").layout({"o": 3, "i": 4}))
+    assert hash(layout) != hash(Partition("i | o").layout({"o": 3, "i": 4}))
+    again = pickle.loads(pickle.dumps(layout))
+    assert again == layout
+    assert "_hash" in vars(layout)
+    assert "_hash" not in vars(again)
+    assert "_hash" not in vars(again.regions[0])

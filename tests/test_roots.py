@@ -369,3 +369,17 @@ def test_a_registered_solver_may_find_bases(register):
             optimizer.step()
         steps.append(weight.detach())
     torch.testing.assert_close(*steps)
+
+
+@pytest.mark.parametrize("power", [-1.0, 0.25, 1.0])
+def test_roots_from_eigenvectors_are_the_same_in_panels(power, monkeypatch):
+    matrix, damping, how = (
+        spd(2, 14, 100),
+        torch.full((2,), 0.1, dtype=torch.float64),
+        How(power, "eigh", torch.float64),
+    )
+    whole, _ = solve(matrix, damping, how)
+    monkeypatch.setattr("curvlib.grams._PANEL", 3)
+    panels, _ = solve(matrix, damping, how)
+    torch.testing.assert_close(panels, whole, rtol=0, atol=14 * 100 * torch.finfo(torch.float64).eps)
+    assert torch.equal(panels[:, 0, 5:], panels[:, 5:, 0])

@@ -73,9 +73,8 @@ class WindowBlock(Block):
             blocks = region.blocks
             specs[f"window_{index}"] = Spec((blocks, w, region.factors[0].size))
             specs[f"gram_{index}"] = Spec((blocks, w, w))
-            # Until M is solved nothing is corrected: the inverse is zero.
-            start = {"identity": True, "fill": _ENDLESS} if self._triangular else {}
-            specs[f"{self._core}_{index}"] = Spec((blocks, w, w), "cores", **start)  # type: ignore[arg-type]
+            start = _ENDLESS if self._triangular else 0.0  # until M is solved nothing is corrected: the inverse is zero
+            specs[f"{self._core}_{index}"] = Spec((blocks, w, w), "cores", fill=start, identity=self._triangular)
             if not self._inverse:
                 specs[f"values_{index}"] = Spec((blocks, w), "cores")
             specs[f"damping_{index}"] = Spec((blocks,), "cores", fill=1.0)
@@ -122,8 +121,8 @@ class WindowBlock(Block):
         tolerance = recipe.root.tolerance
         if not self._inverse:
             return chosen(How(1.0, recipe.root.solver, dtype, tolerance=tolerance, basis=True))
-        form = dict(floor=floor, tolerance=tolerance, triangular=self._triangular)
-        return chosen(How(1.0, recipe.root.solver, dtype, **form))  # type: ignore[arg-type]
+        form = How(1.0, recipe.root.solver, dtype, floor=floor, tolerance=tolerance, triangular=self._triangular)
+        return chosen(form)
 
     def _matrix(self, state: State, recipe: Recipe, scale: float, index: int) -> tuple[Tensor, Tensor]:
         """M ``[n * blocks, W, W]`` and λ ``[n * blocks]`` of a region."""
@@ -175,9 +174,7 @@ class WindowBlock(Block):
                     vectors, values, λ = solved[:, :-1], solved[:, -1], damping * float(exponent > 0)
                 plain, shares = _shares(values, λ, exponent)
                 share, core = torch.ones_like(plain), (vectors * shares[:, None, :]) @ vectors.mT
-            product = partial(torch.matmul, core)
-            if stored and self._triangular:
-                product = partial(_solved, core)
+            product = partial(_solved if stored and self._triangular else torch.matmul, core)
             silent = (λ <= SILENT) & (recipe.damping.relative_to is not None and exponent > 0)
             yield index, torch.where(silent, 1.0, plain), torch.where(silent, 0.0, share), product
 
